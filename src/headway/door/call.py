@@ -1,0 +1,165 @@
+"""What passes the door: one attention operation of one host, in one normal form, whoever the host is."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headway.errors import NumericError
+from headway.kernels.dense import attention_logits, dense_attention, normalise, visible_keys
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a host where attention happens.
+
+    `name` is the module path, `layer` the module's own layer index (its order within its stack where it has none),
+    `kind` self, cross or joint; `reach` full, sliding or chunked."""
+
+    name: str
+    layer: int
+    kind: str = "self"
+    reach: str = "full"
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    window: int | None = None
+    module_class: str = ""
+
+    @property
+    def groups(self) -> int:
+        return self.heads // max(self.kv_heads, 1)
+
+
+@dataclass
+class Forward:
+    """What one forward pass of the host shares between its sites. `scratch` lives for that forward only."""
+
+    step: int = 0
+    phase: str = "prefill"
+    positions: Int[Tensor, "#batch queries"] | None = None
+    padding: Bool[Tensor, "batch keys"] | None = None
+    cache: Any = None
+    grid: tuple[int, ...] | None = None
+    timestep: Tensor | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    scratch: dict[Any, Any] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention operation. Query is (batch, heads, queries, dim), key and value (batch, kv_heads, keys, dim), after
+    rotary embedding and after the cache update.
+
+    `mask` is True where a key is visible; `bias` is added to the scaled, soft-capped logits; `causal` says that row i
+    sees keys up to i + `offset` on top of the mask; `sinks` are learned sink logits, one per head. `hidden` is the input
+    of the attention module where the host gives one."""
+
+    site: Site
+    query: Float[Tensor, "batch heads queries dim"]
+    key: Float[Tensor, "batch kv_heads keys dim"]
+    value: Float[Tensor, "batch kv_heads keys value_dim"]
+    scale: float
+    causal: bool = False
+    mask: Bool[Tensor, "#batch #heads queries keys"] | None = None
+    bias: Float[Tensor, "#batch #heads #queries keys"] | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+    dropout: float = 0.0
+    hidden: Float[Tensor, "batch queries width"] | None = None
+    module: torch.nn.Module | None = None
+    forward: Forward = field(default_factory=Forward)
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.heads // self.key.shape[1]
+
+    @property
+    def offset(self) -> int:
+        """Key position of query row 0."""
+        return self.keys - self.queries
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that kernels take beside query, key and value."""
+        return {
+            "scale": self.scale,
+            "causal": self.causal,
+            "offset": self.offset,
+            "mask": self.mask,
+            "bias": self.bias,
+            "softcap": self.softcap,
+        }
+
+    def visible(self, rows: Int[Tensor, " rows"] | None = None) -> Bool[Tensor, "#batch #heads rows keys"]:
+        """Which keys each query row may read, as a full boolean tensor for the given rows."""
+        rows = torch.arange(self.queries, device=self.query.device) if rows is None else rows
+        seen = visible_keys(rows, self.keys, causal=self.causal, offset=self.offset, mask=self.mask)
+        if seen is None:
+            seen = torch.ones(1, 1, rows.numel(), self.keys, dtype=torch.bool, device=self.query.device)
+        if self.bias is not None:
+            bias = self.bias[:, :, rows] if self.bias.shape[2] > 1 else self.bias
+            seen = seen & (bias > -torch.inf)
+        return seen
+
+    def logits(self, rows: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "batch heads rows keys"]:
+        """Scaled logits in float32, -inf where not visible."""
+        return attention_logits(self.query, self.key, rows, **self.arguments())
+
+    def weights(self, rows: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "batch heads rows keys"]:
+        """Attention weights in float32. Rows sum to one, or to less where the head has a learned sink."""
+        return normalise(self.logits(rows), self.sinks)[0]
+
+    def attend(self, **options: Any) -> tuple[Tensor, Tensor]:
+        """Dense output (batch, heads, queries, value_dim) and log-sum-exp by the door's own kernel."""
+        return dense_attention(self.query, self.key, self.value, sinks=self.sinks, **self.arguments(), **options)
+
+    def padded_rows(self) -> Bool[Tensor, "batch queries"] | None:
+        """Query rows that are padding, where the host told (batch, queries); None when it did not."""
+        padding = self.forward.padding
+        if padding is None or padding.shape[0] != self.query.shape[0] or padding.shape[1] < self.keys:
+            return None
+        return ~padding[:, self.offset : self.keys] if self.site.kind == "self" else None
+
+    def check_finite(self) -> None:
+        """Raises NumericError naming the site when query, key or value is not finite."""
+        for name in ("query", "key", "value"):
+            tensor = getattr(self, name)
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericError(
+                    f"{name} at {self.site.name}: got NaN or infinity, expected finite numbers. Check the weights of "
+                    "the model, or load it in float32."
+                )
+
+    def replace(self, **changes: Any) -> AttentionCall:
+        return replace(self, **changes)
+
+    @classmethod
+    def from_tensors(cls, query: Tensor, key: Tensor, value: Tensor, *, layer: int = 0, **fields: Any) -> AttentionCall:
+        """A call without a host, for kernels, tests and recorded tensors. `scale` defaults to dim ** -0.5."""
+        site = Site(
+            name=fields.pop("name", f"layers.{layer}"),
+            layer=layer,
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=query.shape[3],
+        )
+        fields.setdefault("scale", query.shape[3] ** -0.5)
+        return cls(site=site, query=query, key=key, value=value, **fields)
