@@ -1,0 +1,459 @@
+"""Attaching methods to a model for the length of a scope, and taking them off again without a trace.
+
+One `Door` stands in a model while at least one scope is open. It owns the hooks and the implementation names; the last
+scope to leave closes it and everything is as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headway.door import adapter
+from headway.door.call import AttentionCall, Forward, Site
+from headway.door.execute import execute, refuse_emptied_rows
+from headway.door.stages import Editor, Observer, Selector, Stage
+from headway.errors import ArgumentError, ConflictError, InterceptionError, unknown
+
+_DOORS: weakref.WeakKeyDictionary[nn.Module, Door] = weakref.WeakKeyDictionary()
+_MODULE_DOORS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Door]] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+_REGISTERED: set[str] = set()
+#: How often each shared config is renamed by an open door, so that the last door restores it.
+_NAMED: dict[int, tuple[Any, str, int]] = {}
+
+
+@dataclass
+class SiteReport:
+    """What ran at one site in one scope: path name -> calls, mean density, seconds spent on selecting and executing."""
+
+    site: Site
+    paths: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    density_sum: float = 0.0
+    select_seconds: float = 0.0
+    execute_seconds: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        return sum(self.paths.values())
+
+    @property
+    def density(self) -> float:
+        return self.density_sum / self.calls if self.calls else float("nan")
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "site": self.site.name,
+            "layer": self.site.layer,
+            "calls": self.calls,
+            "paths": dict(self.paths),
+            "density": self.density,
+            "select_seconds": self.select_seconds,
+            "execute_seconds": self.execute_seconds,
+        }
+
+
+class Handle:
+    """One scope: the stages it brings and the sites they act at. A context manager; `attach` and `detach` do the same
+    by hand. `report()` tells what ran."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        *,
+        layers: Sequence[int] | None = None,
+        sites: Sequence[str] | None = None,
+        selftest: bool = True,
+        example: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.stages = tuple(stages)
+        self.layers = None if layers is None else tuple(layers)
+        self.patterns = None if sites is None else tuple(sites)
+        self.selftest = selftest
+        self.example = example
+        self.reports: dict[str, SiteReport] = {}
+        self._door: Door | None = None
+
+    def attach(self) -> Handle:
+        """Opens the door, tests it on the example, and puts the stages in place."""
+        if self._door is not None:
+            raise ConflictError("scope: got one that is attached already, expected a free one. Detach it, or make another.")
+        door = open_door(self.model)
+        try:
+            if self.selftest:
+                from headway.door.selftest import ensure_tested
+
+                ensure_tested(door, self.example)
+            self._check_layers(door)
+            door.add(self)
+        except BaseException:
+            close_door(door)
+            raise
+        self._door = door
+        for stage in self.stages:
+            if isinstance(stage, Observer):
+                stage.start()
+        return self
+
+    def detach(self) -> None:
+        """Takes the stages off; the last scope of a model restores it."""
+        door, self._door = self._door, None
+        if door is not None:
+            door.remove(self)
+            close_door(door)
+
+    def __enter__(self) -> Handle:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def covers(self, site: Site) -> bool:
+        if self.layers is not None and site.layer not in self.layers:
+            return False
+        return self.patterns is None or any(fnmatch(site.name, p) for p in self.patterns)
+
+    def acting(self, site: Site) -> list[Stage]:
+        return [s for s in self.stages if self.covers(site) and s.acts_at(site)]
+
+    def report(self) -> list[dict[str, Any]]:
+        """A row per site that ran in this scope: calls, path, density, and the time split."""
+        return [self.reports[name].row() for name in self.reports]
+
+    def note(self, site: Site, path: str, density: float, select_seconds: float, execute_seconds: float) -> None:
+        report = self.reports.setdefault(site.name, SiteReport(site))
+        report.paths[path] += 1
+        report.density_sum += density
+        report.select_seconds += select_seconds
+        report.execute_seconds += execute_seconds
+
+    def _check_layers(self, door: Door) -> None:
+        known = sorted({site.layer for site in door.sites.values()})
+        if not known:
+            return
+        for layer in self.layers or ():
+            if layer not in known:
+                raise unknown("layers", layer, known)
+        names = [site.name for site in door.sites.values()]
+        for pattern in self.patterns or ():
+            if not any(fnmatch(name, pattern) for name in names):
+                raise unknown("sites", pattern, names)
+
+
+class Door:
+    """The interception of one model: hooks, names, sites, and the scopes that are open."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.handles: list[Handle] = []
+        self.users = 0
+        self.thread = threading.get_ident()
+        self.sites: dict[tuple[str, int], Site] = {}
+        self.tested_for: tuple[Any, ...] | None = None
+        self.probe: Any = None
+        self._names = {module: name for name, module in model.named_modules()}
+        self._renamed: list[Any] = []
+        self._hooks: list[Any] = []
+        self._local = threading.local()
+
+    def install(self, model: nn.Module) -> None:
+        """Hooks and implementation names, all or nothing."""
+        try:
+            for config in adapter.configs(model):
+                self._rename(config)
+            for module in self._names:
+                if adapter.uses_registry(module):
+                    _MODULE_DOORS[module] = weakref.ref(self)
+                    self._hooks.append(module.register_forward_pre_hook(self._enter_attention, with_kwargs=True))
+                if module is model or hasattr(module, "_can_set_attn_implementation"):
+                    self._hooks.append(module.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+                    self._hooks.append(module.register_forward_hook(self._leave_model, always_call=True))
+        except BaseException:
+            self.uninstall()
+            raise
+
+    def uninstall(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for module in self._names:
+            if _MODULE_DOORS.get(module, lambda: None)() is self:
+                del _MODULE_DOORS[module]
+        for config in self._renamed:
+            _restore_name(config)
+        self._renamed.clear()
+
+    def _rename(self, config: Any) -> None:
+        name = config._attn_implementation_internal
+        if name is None:
+            return
+        count = _NAMED[id(config)][2] if id(config) in _NAMED else 0
+        native = _NAMED[id(config)][1] if count else str.__str__(name)
+        if native not in _REGISTERED:
+            adapter.register(native, _Dispatch(native))
+            _REGISTERED.add(native)
+        _NAMED[id(config)] = (config, native, count + 1)
+        config._attn_implementation_internal = adapter.DoorName(native)
+        self._renamed.append(config)
+
+    def add(self, handle: Handle) -> None:
+        for site in self.sites.values():
+            _refuse_conflicts(site, [s for h in (*self.handles, handle) for s in h.acting(site)])
+        self.handles.append(handle)
+
+    def remove(self, handle: Handle) -> None:
+        self.handles.remove(handle)
+
+    @contextmanager
+    def probing(self, probe: Any) -> Iterator[None]:
+        """While a probe is set, calls go to it instead of the scopes."""
+        self.probe = probe
+        try:
+            yield
+        finally:
+            self.probe = None
+
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local = self._local
+        local.depth = getattr(local, "depth", 0) + 1
+        if local.depth > 1 and getattr(local, "forward", None) is not None:
+            if local.forward.padding is None:
+                local.forward.padding = _padding(kwargs)
+            return
+        past = _cache_length(kwargs)
+        local.step = getattr(local, "step", -1) + 1 if past else 0
+        local.forward = Forward(step=local.step, padding=_padding(kwargs), cache=kwargs.get("past_key_values"), inputs=kwargs)
+        local.fired = defaultdict(int)
+        local.hidden = {}
+
+    def _leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        local = self._local
+        local.depth = max(getattr(local, "depth", 1) - 1, 0)
+        if local.depth:
+            return
+        fired, local.forward, local.hidden = local.fired, None, {}
+        if output is not None and not fired and self.handles and self.probe is None:
+            raise InterceptionError(
+                f"model: got a forward of {type(module).__name__} in which no attention passed the door, expected at least "
+                "one. The attention implementation was changed, or the model was compiled, while a scope was open; leave "
+                "the scope first."
+            )
+
+    def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local = self._local
+        if not getattr(local, "depth", 0):
+            local.forward, local.fired, local.hidden = Forward(), defaultdict(int), {}
+        hidden = args[0] if args else next((kwargs[k] for k in ("hidden_states", "query", "x") if k in kwargs), None)
+        local.hidden[module] = (hidden, kwargs)
+
+    def serve(
+        self, native: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """One attention operation of the host, on its way through the open scopes."""
+        local = self._local
+        forward = getattr(local, "forward", None) or Forward()
+        fired = getattr(local, "fired", None)
+        if fired is None:
+            fired = local.fired = defaultdict(int)
+        hidden, given = getattr(local, "hidden", {}).get(module, (None, {}))
+        turn = fired[module]
+        fired[module] += 1
+        site = self.site(module, turn, query, key, {**given, **keywords})
+        function = adapter.native_function(module, native)
+        stages = [(h, s) for h in self.handles for s in h.acting(site)] if self.probe is None else []
+        if self.probe is None and not stages:
+            return function(module, query, key, value, mask, **keywords)
+        _place(forward, query, key, given, keywords)
+        call = adapter.normal_form(
+            site, module, query, key, value, mask, implementation=native, forward=forward, hidden=hidden, **keywords
+        )
+        if self.probe is not None:
+            return self.probe(call, function, mask, keywords)
+        return _run(call, function, (query, key, value, mask), keywords, stages)
+
+    def site(self, module: nn.Module, turn: int, query: Tensor, key: Tensor, keywords: dict[str, Any]) -> Site:
+        """The site of a module; a module that attends several times in one forward has one site per turn."""
+        name = self._names.get(module, type(module).__name__)
+        if (name, turn) not in self.sites:
+            full = name if turn == 0 else f"{name}#{turn}"
+            site = adapter.site_of(module, full, len(self.sites), query, key, keywords)
+            kind = "cross" if _is_cross(module, keywords) else "self"
+            self.sites[name, turn] = replace(site, kind=kind)
+        return self.sites[name, turn]
+
+
+class _Dispatch:
+    """The function behind a `DoorName`: finds the door of the module that calls, or steps aside."""
+
+    def __init__(self, native: str) -> None:
+        self.native = native
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **keywords: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        door = _MODULE_DOORS.get(module, lambda: None)()
+        if door is None:
+            function = adapter.native_function(module, self.native)
+            return function(module, query, key, value, attention_mask, **keywords)
+        return door.serve(self.native, module, query, key, value, attention_mask, keywords)
+
+
+def use(
+    model: nn.Module,
+    *methods: Stage,
+    layers: Sequence[int] | None = None,
+    sites: Sequence[str] | None = None,
+    selftest: bool = True,
+    example: dict[str, Any] | None = None,
+) -> Handle:
+    """Attaches methods to a model for the length of a `with` block.
+
+    `layers` and `sites` (module paths, `*` allowed) narrow where they act. The first scope on a model runs a self-test
+    on `example` (a small input is made when none is given): parity with the host's own output, causality, row sums,
+    and that the host's output depends on its heads. Raises InterceptionError with the reason when the host cannot be
+    intercepted, ConflictError when methods want the same thing, ArgumentError for a layer or site that is not there."""
+    for method in methods:
+        if not isinstance(method, Stage):
+            raise ArgumentError(
+                f"methods: got {method!r}, expected instances of Selector, Editor or Observer. Construct the method first."
+            )
+    return Handle(model, methods, layers=layers, sites=sites, selftest=selftest, example=example)
+
+
+def observe(model: nn.Module, *observers: Observer, **options: Any) -> Handle:
+    """`use` for observers only: nothing can change the output."""
+    for observer in observers:
+        if not isinstance(observer, Observer) or isinstance(observer, Selector | Editor):
+            raise ArgumentError(f"observers: got {observer!r}, expected observers only. Use `headway.use` for methods that act.")
+    return use(model, *observers, **options)
+
+
+def open_door(model: nn.Module) -> Door:
+    """The door of a model, installed when this is its first scope. Each `open_door` needs a `close_door`."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: got {type(model).__name__}, expected a torch module such as a transformers model.")
+    if hasattr(model, "_orig_mod"):
+        raise InterceptionError(
+            "model: got a compiled model, whose hooks are traced away; expected an ordinary one. Pass model._orig_mod."
+        )
+    with _LOCK:
+        door = _DOORS.get(model)
+        if door is None:
+            door = Door(model)
+            door.install(model)
+            _DOORS[model] = door
+        elif door.thread != threading.get_ident():
+            raise ConflictError(
+                f"model: got a second scope on {type(model).__name__} from another thread while one is open, expected one "
+                "thread to hold a model's scopes. Open both scopes in one thread, or load a second model."
+            )
+        door.users += 1
+        return door
+
+
+def close_door(door: Door) -> None:
+    with _LOCK:
+        door.users -= 1
+        if door.users == 0:
+            door.uninstall()
+            model = door.model()
+            if model is not None:
+                _DOORS.pop(model, None)
+
+
+def _run(
+    call: AttentionCall,
+    function: adapter.AttentionFunction,
+    tensors: tuple[Tensor, Tensor, Tensor, Any],
+    keywords: dict[str, Any],
+    stages: list[tuple[Handle, Stage]],
+) -> tuple[Tensor, Tensor | None]:
+    selectors = [s for _, s in stages if isinstance(s, Selector)]
+    editors = [s for _, s in stages if isinstance(s, Editor)]
+    edited = call
+    for editor in editors:
+        if "call" in editor.edits:
+            changed = editor.edit_call(edited)
+            refuse_emptied_rows(edited, changed, editor.title)
+            edited = changed
+    start = time.perf_counter()
+    weights: Tensor | None = None
+    if selectors or edited is not call or any("weights" in e.edits for e in editors):
+        done = execute(edited, selectors, editors)
+        output, lse, path, density = done.output, done.lse, done.path, done.density
+        spent = (done.select_seconds, done.execute_seconds)
+    else:
+        native, weights = function(call.module, *tensors, **keywords)
+        output, lse, path, density = native.transpose(1, 2), None, "native", 1.0
+        spent = (0.0, time.perf_counter() - start)
+    for editor in editors:
+        if "output" in editor.edits:
+            output = editor.edit_output(edited, output, lse)
+            weights = None
+    for observer in [s for _, s in stages if isinstance(s, Observer)]:
+        with torch.no_grad():
+            observer.observe(edited, output, lse)
+    for handle in dict.fromkeys(h for h, _ in stages):
+        handle.note(call.site, path, density, *spent)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
+    selectors = [s for s in stages if isinstance(s, Selector)]
+    if len(selectors) > 1 and not all(getattr(s, "intersects", False) for s in selectors):
+        first, second = selectors[:2]
+        raise ConflictError(
+            f"methods at {site.name}: got two selectors, {first.title} and {second.title}, expected one. Give them "
+            "different layers or sites, or combine their selections in one selector."
+        )
+
+
+def _restore_name(config: Any) -> None:
+    entry = _NAMED.get(id(config))
+    if entry is None:
+        return
+    _, native, count = entry
+    if count > 1:
+        _NAMED[id(config)] = (config, native, count - 1)
+        return
+    del _NAMED[id(config)]
+    if isinstance(config._attn_implementation_internal, adapter.DoorName):
+        config._attn_implementation_internal = native
+
+
+def _padding(kwargs: dict[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _cache_length(kwargs: dict[str, Any]) -> int:
+    cache = kwargs.get("past_key_values")
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], keywords: dict[str, Any]) -> None:
+    """Fills in what the module's own inputs tell about this forward: cache, positions, phase."""
+    cache = next((given[k] for k in ("past_key_values", "past_key_value", "layer_past") if given.get(k) is not None), None)
+    forward.cache = cache if cache is not None else forward.cache
+    positions = keywords.get("position_ids", given.get("position_ids"))
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == query.shape[2]:
+        forward.positions = positions
+    forward.phase = "decode" if query.shape[2] == 1 and key.shape[2] > 1 else "prefill"
+
+
+def _is_cross(module: nn.Module, keywords: dict[str, Any]) -> bool:
+    if any(keywords.get(k) is not None for k in ("key_value_states", "encoder_hidden_states")):
+        return True
+    return bool(getattr(module, "is_cross_attention", False))
