@@ -97,6 +97,9 @@ class Handle:
 
                 ensure_tested(door, self.example)
             self._check_layers(door)
+            sites = [site for site in door.sites.values() if self.covers(site)]
+            for stage in self.stages:
+                stage.prepare(sites)
             door.add(self)
         except BaseException:
             close_door(door)
@@ -400,6 +403,7 @@ def _run(
         spent = (0.0, time.perf_counter() - start)
     for editor in editors:
         if "output" in editor.edits:
+            path = "native+edit" if path == "native" else path
             output = editor.edit_output(edited, output, lse)
             weights = None
     for observer in [s for _, s in stages if isinstance(s, Observer)]:

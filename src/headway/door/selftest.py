@@ -69,14 +69,17 @@ def ensure_tested(door: Door, example: dict[str, Any] | None = None) -> None:
     _PASSED[model] = (state, dict(door.sites))
 
 
-def run_selftest(door: Door, model: nn.Module, example: dict[str, Any] | None) -> None:
-    """Raises InterceptionError with every reason found; leaves the door's table of sites filled."""
+def run_selftest(
+    door: Door, model: nn.Module, example: dict[str, Any] | None, *, probe: Probe | None = None
+) -> None:
+    """Raises InterceptionError with every reason found; leaves the door's table of sites filled and, in `probe`, the
+    calls that were seen."""
     from headway.door.example import example_inputs
 
     inputs = example_inputs(model) if example is None else dict(example)
     training = model.training
     model.eval()
-    probe = Probe()
+    probe = Probe() if probe is None else probe
     try:
         with torch.no_grad():
             with door.probing(probe), bypasses(model) as missed:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -19,6 +20,9 @@ class Stage:
 
     def acts_at(self, site: Site) -> bool:
         return True
+
+    def prepare(self, sites: Sequence[Site]) -> None:
+        """Called on attach with the sites of the host: the place to refuse a layer or head that is not there."""
 
     @property
     def title(self) -> str:

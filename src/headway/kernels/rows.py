@@ -1,0 +1,107 @@
+"""Stratified samples of query rows, and what they say about all rows.
+
+Rows are cut into contiguous strata of nearly equal length, from each of which the same number is drawn without
+replacement. With N_s rows in stratum s, n_s of them drawn, the mean of a row statistic y is estimated without bias by
+
+    ȳ = Σ_s (N_s / N) · ȳ_s ,   Var ȳ = Σ_s (N_s / N)² (1 − n_s/N_s) s_s² / n_s
+
+(Cochran, Sampling Techniques, ch. 5). All rows drawn gives the exact value with an interval of width zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headway.errors import ArgumentError
+
+#: Rows drawn per stratum: three give every stratum a variance with two degrees of freedom.
+ROWS_PER_STRATUM = 3
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Sorted row indices; `weight` is how many rows each one stands for, `stratum` which stratum it is from."""
+
+    index: Int[Tensor, " rows"]
+    weight: Float[Tensor, " rows"]
+    stratum: Int[Tensor, " rows"]
+    total: int
+
+    @property
+    def exact(self) -> bool:
+        return self.index.numel() == self.total
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its two-sided interval, elementwise over the leading dimensions of the row statistic."""
+
+    mean: Float[Tensor, "..."]
+    low: Float[Tensor, "..."]
+    high: Float[Tensor, "..."]
+
+
+def all_rows(total: int) -> RowSample:
+    """Every row, each standing for itself."""
+    return RowSample(torch.arange(total), torch.ones(total), torch.arange(total), total)
+
+
+def stratified_rows(total: int, sample: int, generator: torch.Generator | None = None) -> RowSample:
+    """About `sample` of `total` rows, ROWS_PER_STRATUM from each contiguous stratum; all rows when `sample` ≥ `total`."""
+    if sample < 2 or total < 1:
+        raise ArgumentError(f"sample: got {sample} of {total} rows, expected at least 2 rows. Ask for more rows.")
+    if sample >= total:
+        return all_rows(total)
+    strata = max(sample // ROWS_PER_STRATUM, 1)
+    edges = torch.linspace(0, total, strata + 1).round().long().tolist()
+    index, weight, stratum = [], [], []
+    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        size = stop - start
+        drawn = min(ROWS_PER_STRATUM, size)
+        rows = torch.randperm(size, generator=generator)[:drawn].sort().values + start
+        index.append(rows)
+        weight.append(torch.full((drawn,), size / max(drawn, 1)))
+        stratum.append(torch.full((drawn,), number))
+    return RowSample(torch.cat(index), torch.cat(weight), torch.cat(stratum), total)
+
+
+def estimate_mean(values: Float[Tensor, "... rows"], sample: RowSample, level: float = 0.95) -> Estimate:
+    """The mean over all rows of a row statistic known on the sampled rows, with a Student-t interval of `level`.
+
+    Rows whose statistic is NaN (nothing visible) are left out, strata re-weighted by their valid share."""
+    values = values.double()
+    if values.shape[-1] != sample.index.numel():
+        raise ArgumentError(
+            f"values: got {values.shape[-1]} rows, expected {sample.index.numel()} as in the sample. Pass the statistic "
+            "of the sampled rows, in their order."
+        )
+    valid = ~values.isnan()
+    filled = values.nan_to_num(0.0)
+    if sample.exact:
+        mean = filled.sum(-1) / valid.sum(-1)
+        return Estimate(mean, mean, mean)
+    device = values.device
+    strata = int(sample.stratum.max()) + 1
+    index = sample.stratum.to(device).expand_as(values)
+
+    def summed(x: Tensor) -> Tensor:
+        return torch.zeros(*values.shape[:-1], strata, dtype=torch.float64, device=device).scatter_add_(-1, index, x)
+
+    count = summed(valid.double())
+    size = summed(sample.weight.to(device).double().expand_as(values) * valid)
+    drawn = count.clamp(min=1)
+    centre = summed(filled) / drawn
+    spread = summed(((filled - centre.gather(-1, index)) * valid) ** 2) / (count - 1).clamp(min=1)
+    share = size / size.sum(-1, keepdim=True)
+    mean = (share * centre).sum(-1)
+    variance = (share**2 * (1 - count / size.clamp(min=1)).clamp(min=0) * spread / drawn).sum(-1)
+    freedom = (count - 1).clamp(min=0).sum(-1).clamp(min=1)
+    from scipy.stats import t
+
+    reach = torch.as_tensor(np.asarray(t.ppf(0.5 + level / 2, freedom.cpu().numpy())), device=device) * variance.sqrt()
+    return Estimate(mean, mean - reach, mean + reach)
