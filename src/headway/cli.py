@@ -1,0 +1,156 @@
+"""The command line: one thin command per verb. Parse, call, print; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="headway",
+    help="See what attention does in a real model, change it, train new kinds of it, and test what papers claim.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Size(StrEnum):
+    smoke = "smoke"
+    small = "small"
+    full = "full"
+
+
+def version(show: bool) -> None:
+    if show:
+        from headway import __version__
+
+        typer.echo(f"headway {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options that come before the verb."""
+
+
+@app.command()
+def look(
+    model: Annotated[str, typer.Argument(help="smollm2, minilm, a hub id, or a folder with a model.")] = "smollm2",
+    text: Annotated[str | None, typer.Option(help="Text file, or - for standard input; a built-in text by default.")] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
+    tokens: Annotated[int | None, typer.Option(help="How many tokens to read (default 2048, or what the model allows).")] = None,
+    rows: Annotated[int | None, typer.Option(help="Query rows to sample on long inputs (default: all up to 8192 tokens).")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,4-7 (default: all).")] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads for the inspector, such as 3.7,12.0 (layer.head).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the generated tasks and samples.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for look.html and look.json.")] = Path("look-out"),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    allow_longer: Annotated[bool, typer.Option(help="Read more tokens than the model has positions for.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+) -> None:
+    """Read what every attention head of a model does, and write one report."""
+    from headway.look.command import run
+
+    run(
+        model,
+        text=text,
+        encoding=encoding,
+        tokens=tokens,
+        rows=rows,
+        layers=layers,
+        heads=heads,
+        dtype=dtype,
+        seed=seed,
+        out=out,
+        as_json=json,
+        allow_longer=allow_longer,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def prove(
+    slug: Annotated[str, typer.Argument(help="Which paper, such as sink-emergence; `headway papers` lists them.")],
+    size: Annotated[Size, typer.Option(help="smoke (seconds), small (minutes on two cores), full (the paper's setting).")] = Size.small,
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    record: Annotated[bool, typer.Option("--record", help="Store the result under evidence/.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run (its folder).")] = None,
+    out: Annotated[Path, typer.Option(help="Where runs are written.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Re-measure one paper's claims here, and give verdicts from numbers."""
+    from headway.evidence.command import prove as run
+
+    run(slug, size=size.value, seed=seed, record=record, resume=resume, out=out, as_json=json)
+
+
+@app.command()
+def evidence() -> None:
+    """Write EVIDENCE.md and docs/evidence.html from the recorded results."""
+    from headway.evidence.command import write
+
+    write()
+
+
+@app.command()
+def papers(
+    word: Annotated[str | None, typer.Argument(help="Only papers whose title, family or summary has this word.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List the methods that are implemented, from their cards."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from headway.card import catalogue
+
+    cards = [c for c in catalogue().values() if word is None or word.lower() in str(asdict(c)).lower()]
+    if json:
+        typer.echo(dumps([asdict(c) for c in cards], indent=2))
+        return
+    if not cards:
+        typer.echo(f"no method mentions {word!r}; `headway papers` lists them all", err=True)
+        raise typer.Exit(1)
+    table = Table("slug", "family", "year", "paper", "what it is for")
+    for card in cards:
+        table.add_row(card.slug, card.family, str(card.year), f"{card.title} (arXiv {card.arxiv})", card.summary)
+    Console().print(table)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Also show what the door can do in this model.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Tell what works on this machine and why not; with a model, list its attention sites."""
+    from headway.look.doctor import run
+
+    run(model, as_json=json)
+
+
+def main() -> Any:
+    """Runs the command; errors made on purpose print one line and exit with 1, an interrupt with 130."""
+    from headway.errors import HeadwayError
+
+    try:
+        return app()
+    except HeadwayError as error:
+        typer.secho(f"headway: {error}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("headway: interrupted; nothing half-written was left behind", fg="yellow", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
