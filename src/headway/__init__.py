@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headway.door import CaptureSpec, capture, inspect, use
+    from headway.door import CaptureSpec, capture, inspect, observe, use
     from headway.hosts import load
     from headway.look import Look, look
 
@@ -18,10 +18,11 @@ _HOMES = {
     "Look": "headway.look",
     "use": "headway.door",
     "inspect": "headway.door",
+    "observe": "headway.door",
     "capture": "headway.door",
     "CaptureSpec": "headway.door",
 }
-__all__ = ["CaptureSpec", "Look", "capture", "inspect", "load", "look", "use"]
+__all__ = ["CaptureSpec", "Look", "capture", "inspect", "load", "look", "observe", "use"]
 
 
 def __getattr__(name: str) -> Any:

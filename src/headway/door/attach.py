@@ -228,7 +228,13 @@ class Door:
         finally:
             self.probe = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Door:
+        """A copy of the host shares this door's hooks, which pass over modules that are not the host's."""
+        return self
+
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self._names:
+            return
         local = self._local
         local.depth = getattr(local, "depth", 0) + 1
         if local.depth > 1 and getattr(local, "forward", None) is not None:
@@ -242,6 +248,8 @@ class Door:
         local.hidden = {}
 
     def _leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module not in self._names:
+            return
         local = self._local
         local.depth = max(getattr(local, "depth", 1) - 1, 0)
         if local.depth:
@@ -255,6 +263,8 @@ class Door:
             )
 
     def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self._names:
+            return
         local = self._local
         if not getattr(local, "depth", 0):
             local.forward, local.fired, local.hidden = Forward(), defaultdict(int), {}
@@ -282,6 +292,7 @@ class Door:
         call = adapter.normal_form(
             site, module, query, key, value, mask, implementation=native, forward=forward, hidden=hidden, **keywords
         )
+        call = _at_positions(call)
         if self.probe is not None:
             return self.probe(call, function, mask, keywords)
         return _run(call, function, (query, key, value, mask), keywords, stages)
@@ -395,7 +406,7 @@ def _run(
     weights: Tensor | None = None
     if selectors or edited is not call or any("weights" in e.edits for e in editors):
         done = execute(edited, selectors, editors)
-        output, lse, path, density = done.output, done.lse, done.path, done.density
+        edited, output, lse, path, density = done.call, done.output, done.lse, done.path, done.density
         spent = (done.select_seconds, done.execute_seconds)
     else:
         native, weights = function(call.module, *tensors, **keywords)
@@ -421,6 +432,13 @@ def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
         raise ConflictError(
             f"methods at {site.name}: got two selectors, {first.title} and {second.title}, expected one. Give them "
             "different layers or sites, or combine their selections in one selector."
+        )
+    readers = [s for s in stages if isinstance(s, Observer) and s.reads_weights]
+    writers = [s for s in stages if isinstance(s, Editor) and "weights" in s.edits and not s.keeps_weights]
+    if readers and writers:
+        raise ConflictError(
+            f"methods at {site.name}: got {readers[0].title}, which reads weights from q and k, and {writers[0].title}, which "
+            "replaces them; expected one or the other. Capture head_output, or read in a scope without the editor."
         )
 
 
@@ -455,6 +473,17 @@ def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], 
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == query.shape[2]:
         forward.positions = positions
     forward.phase = "decode" if query.shape[2] == 1 and key.shape[2] > 1 else "prefill"
+
+
+def _at_positions(call: AttentionCall) -> AttentionCall:
+    """The call with the place of its keys in the sequence, where the cache holds fewer or more slots than tokens seen."""
+    cache, layer = call.forward.cache, getattr(call.module, "layer_idx", None)
+    if call.site.kind != "self" or cache is None or not hasattr(cache, "get_seq_length") or not isinstance(layer, int):
+        return call
+    seen = int(cache.get_seq_length(layer))
+    if seen < call.queries or seen == call.keys:
+        return call
+    return call.replace(first_key=max(seen - call.keys, 0), first_query=seen - call.queries)
 
 
 def _is_cross(module: nn.Module, keywords: dict[str, Any]) -> bool:

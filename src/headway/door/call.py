@@ -59,7 +59,8 @@ class AttentionCall:
 
     `mask` is True where a key is visible; `bias` is added to the scaled, soft-capped logits; `causal` says that row i
     sees keys up to i + `offset` on top of the mask; `sinks` are learned sink logits, one per head. `hidden` is the input
-    of the attention module where the host gives one."""
+    of the attention module where the host gives one. `first_key` and `first_query` are the positions in the sequence of
+    key 0 and query row 0: a sliding cache has dropped earlier keys, a static one holds room for later ones."""
 
     site: Site
     query: Float[Tensor, "batch heads queries dim"]
@@ -74,6 +75,8 @@ class AttentionCall:
     dropout: float = 0.0
     hidden: Float[Tensor, "batch queries width"] | None = None
     module: torch.nn.Module | None = None
+    first_key: int = 0
+    first_query: int | None = None
     forward: Forward = field(default_factory=Forward)
 
     @property
@@ -94,8 +97,18 @@ class AttentionCall:
 
     @property
     def offset(self) -> int:
-        """Key position of query row 0."""
-        return self.keys - self.queries
+        """Key index of query row 0; queries are the last of the keys unless the host says otherwise."""
+        return self.keys - self.queries if self.first_query is None else self.first_query - self.first_key
+
+    @property
+    def query_positions(self) -> Int[Tensor, " queries"]:
+        """Positions of the query rows in the sequence."""
+        return torch.arange(self.queries, device=self.query.device) + self.offset + self.first_key
+
+    @property
+    def key_positions(self) -> Int[Tensor, " keys"]:
+        """Positions of the keys in the sequence."""
+        return torch.arange(self.keys, device=self.query.device) + self.first_key
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that kernels take beside query, key and value."""
@@ -134,9 +147,12 @@ class AttentionCall:
     def padded_rows(self) -> Bool[Tensor, "batch queries"] | None:
         """Query rows that are padding, where the host told (batch, queries); None when it did not."""
         padding = self.forward.padding
-        if padding is None or padding.shape[0] != self.query.shape[0] or padding.shape[1] < self.keys:
+        start = self.offset + self.first_key
+        if padding is None or self.site.kind != "self":
             return None
-        return ~padding[:, self.offset : self.keys] if self.site.kind == "self" else None
+        if padding.shape[0] != self.query.shape[0] or padding.shape[1] < start + self.queries:
+            return None
+        return ~padding[:, start : start + self.queries]
 
     def check_finite(self) -> None:
         """Raises NumericError naming the site when query, key or value is not finite."""

@@ -125,6 +125,7 @@ class Capture(Observer):
 
     def __init__(self, spec: CaptureSpec) -> None:
         self.spec = spec
+        self.reads_weights = bool(set(spec.what) & set(REDUCTIONS))
         self.start()
 
     def start(self) -> None:
@@ -170,6 +171,12 @@ class Capture(Observer):
                 f"{MAP_LIMIT / 2**30:.0f} GiB. Ask for rows=…, heads=… or a reduction."
             )
         padded = call.padded_rows()
+        spans, shift = self.spec.spans, call.first_key
+        if shift and spans is not None:
+            raise ArgumentError(
+                f"spans: got spans of the whole sequence at {call.site.name}, whose cache has dropped the first {shift} keys; "
+                "expected a forward without a sliding cache. Run the whole text in one forward."
+            )
         found = reduce_attention(
             call.query,
             call.key,
@@ -177,11 +184,11 @@ class Capture(Observer):
             sinks=call.sinks,
             rows=rows,
             row_valid=None if padded is None or not bool(padded.any()) else ~padded,
-            spans=self.spec.spans,
+            spans=spans,
             top=self.spec.top,
             **call.arguments(),
         )
-        return {k: v.to(self.spec.dtype) if v.is_floating_point() else v for k, v in found.items()}
+        return {k: _in_sequence(k, v.to(self.spec.dtype) if v.is_floating_point() else v, shift) for k, v in found.items()}
 
     def result(self) -> Captured:
         return self.captured
@@ -240,6 +247,17 @@ def check_head_indices(heads: Sequence[int], site: Site) -> None:
             raise ArgumentError(
                 f"heads: got {head} at {site.name}, expected query heads 0..{site.heads - 1} (it has {site.kv_heads} key heads)."
             )
+
+
+def _in_sequence(name: str, tensor: Tensor, first_key: int) -> Tensor:
+    """Key indices and key axes as positions in the sequence, where a sliding cache has dropped the first keys."""
+    if not first_key:
+        return tensor
+    if name in ("argmax", "top_index"):
+        return torch.where(tensor >= 0, tensor + first_key, tensor)
+    if name in ("received", "visible", "weights", "logits"):
+        return torch.nn.functional.pad(tensor, (first_key, 0), value=-torch.inf if name == "logits" else 0.0)
+    return tensor
 
 
 def _averaged(name: str, tensor: Tensor, over: str) -> Tensor:

@@ -18,9 +18,11 @@ from headway.kernels.dense import dense_attention
 
 @dataclass(frozen=True)
 class Executed:
-    """The output (batch, heads, queries, value_dim), its log-sum-exp, and how it was made: the path's name, the density
-    (selected over visible pairs) and the seconds spent on selecting and executing."""
+    """The call as it ran (selections are part of its mask), its output (batch, heads, queries, value_dim) and
+    log-sum-exp, and how it was made: the path's name, the density (selected over visible pairs) and the seconds spent on
+    selecting and executing."""
 
+    call: AttentionCall
     output: Tensor
     lse: Tensor | None
     path: str
@@ -64,7 +66,7 @@ def execute(call: AttentionCall, selectors: Sequence[Selector], editors: Sequenc
         **call.arguments(),
     )
     path = "masked" if selected is not None else ("edited" if inside else "dense")
-    return Executed(output, lse, path, density, chosen - start, time.perf_counter() - chosen)
+    return Executed(call, output, lse, path, density, chosen - start, time.perf_counter() - chosen)
 
 
 def refuse_emptied_rows(before: AttentionCall, after: AttentionCall, stage: str) -> None:

@@ -13,7 +13,7 @@ in cached decode.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -120,8 +120,7 @@ class SuppressBlocks(Editor):
             UniformHeads(heads=self.heads).prepare(sites)
 
     def edit_call(self, call: AttentionCall) -> AttentionCall:
-        row = torch.arange(call.queries, device=call.query.device)[:, None] + call.offset
-        column = torch.arange(call.keys, device=call.query.device)[None]
+        row, column = call.query_positions[:, None], call.key_positions[None]
         hidden = torch.zeros(call.queries, call.keys, dtype=torch.bool, device=call.query.device)
         for (first, last), (start, stop) in self.blocks:
             hidden |= (row >= first) & (row < last) & (column >= start) & (column < stop)
@@ -163,12 +162,15 @@ class FixedPattern(_OnHeads):
         weights = weights.clone()
         for head in self.at(call):
             pattern = self.patterns[call.site.layer, head]
-            if pattern.shape[0] < call.keys or pattern.shape[1] < call.keys:
+            length = int(call.query_positions[-1]) + 1
+            if min(pattern.shape) < length:
                 raise ArgumentError(
                     f"patterns: got {tuple(pattern.shape)} at layer {call.site.layer}, head {head}, expected at least "
-                    f"({call.keys}, {call.keys}) for a sequence of {call.keys} tokens."
+                    f"({length}, {length}) for a sequence of {length} tokens."
                 )
-            chosen = pattern.to(weights)[rows + call.offset, : call.keys]
+            chosen = torch.zeros(rows.numel(), call.keys, dtype=weights.dtype, device=weights.device)
+            span = pattern.to(weights)[call.query_positions[rows], call.first_key : call.first_key + call.keys]
+            chosen[:, : span.shape[1]] = span
             seen = call.visible(rows)
             seen = seen[:, head] if seen.shape[1] > 1 else seen[:, 0]
             if bool(((chosen > 0) & ~seen).any()):
@@ -191,7 +193,8 @@ class ZeroValues(Editor):
     the mass on those keys contributes nothing (value zeroing, arXiv 2301.12971)."""
 
     positions: Sequence[int]
-    heads: Heads | None = field(default=None)
+    heads: Heads | None = None
+    keeps_weights = True
 
     def acts_at(self, site: Site) -> bool:
         return self.heads is None or any(layer == site.layer for layer, _ in self.heads)
@@ -206,7 +209,7 @@ class ZeroValues(Editor):
         weights: Float[Tensor, "batch heads rows keys"],
         rows: Int[Tensor, " rows"],
     ) -> Float[Tensor, "batch heads rows keys"]:
-        columns = [p for p in self.positions if 0 <= p < call.keys]
+        columns = [p - call.first_key for p in self.positions if 0 <= p - call.first_key < call.keys]
         chosen = range(call.heads) if self.heads is None else [h for layer, h in self.heads if layer == call.site.layer]
         keep = torch.ones(call.heads, call.keys, dtype=weights.dtype, device=weights.device)
         keep[torch.tensor(list(chosen))[:, None], torch.tensor(columns, dtype=torch.long)[None]] = 0.0

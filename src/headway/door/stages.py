@@ -39,7 +39,10 @@ class Selector(Stage):
 class Editor(Stage):
     """Changes attention: the tensors before it, the weights inside it, or the output after it.
 
-    An editor overrides what it needs. Editing weights makes the site compute explicit weights block by block."""
+    An editor overrides what it needs. Editing weights makes the site compute explicit weights block by block.
+    `keeps_weights` is for an editor that uses that stage and still leaves the weights what q and k say."""
+
+    keeps_weights = False
 
     def edit_call(self, call: AttentionCall) -> AttentionCall:
         return call
@@ -68,7 +71,10 @@ class Editor(Stage):
 
 
 class Observer(Stage):
-    """Reads calls and their outputs; never changes them. State belongs to one attachment: `start` clears it."""
+    """Reads calls and their outputs; never changes them. State belongs to one attachment: `start` clears it.
+    `reads_weights` says that it takes weights from q and k, which an editor of weights would make untrue."""
+
+    reads_weights = False
 
     def start(self) -> None:
         """Called once when the observer is attached."""
