@@ -461,8 +461,17 @@ def _padding(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _cache_length(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return _tokens_seen(kwargs.get("past_key_values"), 0)
+
+
+def _tokens_seen(cache: Any, layer: int) -> int:
+    """Tokens that a cache has seen at a layer; 0 for no cache, or for layers whose cache does not count."""
+    if not hasattr(cache, "get_seq_length"):
+        return 0
+    try:
+        return int(cache.get_seq_length(layer))
+    except (ValueError, IndexError, AttributeError):
+        return 0
 
 
 def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], keywords: dict[str, Any]) -> None:
@@ -478,9 +487,9 @@ def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], 
 def _at_positions(call: AttentionCall) -> AttentionCall:
     """The call with the place of its keys in the sequence, where the cache holds fewer or more slots than tokens seen."""
     cache, layer = call.forward.cache, getattr(call.module, "layer_idx", None)
-    if call.site.kind != "self" or cache is None or not hasattr(cache, "get_seq_length") or not isinstance(layer, int):
+    if call.site.kind != "self" or cache is None or not isinstance(layer, int):
         return call
-    seen = int(cache.get_seq_length(layer))
+    seen = _tokens_seen(cache, layer)
     if seen < call.queries or seen == call.keys:
         return call
     return call.replace(first_key=max(seen - call.keys, 0), first_query=seen - call.queries)

@@ -15,19 +15,25 @@ MIXERS = (
     (r"mamba|\bssm|ssd|selectivescan|bamba", "state-space mixer"),
     (r"rwkv", "RWKV recurrence"),
     (r"rglru|recurrent|lstm|xlstm|gru", "gated recurrence"),
-    (r"deltanet|gateddelta|linearattention|lightningattention|retention|kimidelta|\bkda", "linear attention"),
+    (r"deltanet|deltaattention|linearattention|lightningattention|retention", "linear attention"),
     (r"shortconv|hyena|convmixer", "convolution mixer"),
 )
+#: Parts of such hosts that carry the family's name and mix no tokens.
+_WRAPPERS = re.compile(r"norm|model|layer$|block$|cache|forcausallm|mlp|feedforward|rotary|embed|backend|head")
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 #: Parts that carry the word in their name and compute no attention of their own.
-_PARTS = re.compile(r"output|norm|embed|layer$|block$|model|decoder|encoder|pool|mask|bias|intermediate|rotary|indexer|cache|gate|scale|resampler|stack|compressor", re.I)
+_PARTS = re.compile(
+    r"output|norm|embed|layer$|block$|model|decoder|encoder|pool|mask|bias|intermediate|rotary|indexer|cache|gate|scale|"
+    r"resampler|stack|compressor",
+    re.IGNORECASE,
+)
 
 
 def mixer_kind(module: nn.Module) -> str | None:
     """What kind of attention-free mixer a module is by its class name; None when it is not one."""
     name = type(module).__name__.lower()
     for pattern, kind in MIXERS:
-        if re.search(pattern, name) and not re.search(r"norm|model|layer$|block$|cache|forcausallm", name):
+        if re.search(pattern, name) and not _WRAPPERS.search(name):
             return kind
     return None
 
@@ -40,11 +46,12 @@ def hard_coded(module: nn.Module) -> bool:
     children = list(module.modules())[1:]
     if any(uses_registry(child) for child in children):
         return False
-    return any(True for child in module.children() if _projects(child))
+    own = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+    return own or any(_projects(child) for child in module.children())
 
 
 def _projects(module: nn.Module) -> bool:
-    return hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 2 and not isinstance(module, nn.Embedding)
+    return getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, nn.Embedding)
 
 
 @contextmanager
