@@ -44,8 +44,8 @@ CALLS = {
 @pytest.mark.parametrize("block", [1, 5, 64])
 def test_block_form_equals_reduction_of_the_full_matrix(call, block):
     query, key = make()
-    full = reduce_attention(query, key, ALL, spans=SPANS, mode="reference", **CALLS[call])
-    fast = reduce_attention(query, key, ALL, spans=SPANS, block=block, **CALLS[call])
+    full = reduce_attention(query, key, ALL, spans=SPANS, window=3, mode="reference", **CALLS[call])
+    fast = reduce_attention(query, key, ALL, spans=SPANS, window=3, block=block, **CALLS[call])
     assert set(full) == set(fast)
     for name in full:
         torch.testing.assert_close(fast[name].float(), full[name].float(), rtol=1e-4, atol=2e-5, equal_nan=True, msg=name)
@@ -74,7 +74,7 @@ def test_grouped_heads_equal_repeated_heads(kv_heads):
 def test_any_shape_mask_and_split_agree(queries, extra, batch, block, causal, density, seed):
     query, key = make(batch, 4, 2, queries, queries + extra, seed)
     mask = torch.rand(batch, 1, queries, queries + extra, generator=torch.Generator().manual_seed(seed)) < density
-    options = {"causal": causal, "mask": mask, "spans": [(0, 1)]}
+    options = {"causal": causal, "mask": mask, "spans": [(0, 1)], "window": 3}
     full = reduce_attention(query, key, ALL, mode="reference", **options)
     fast = reduce_attention(query, key, ALL, block=block, **options)
     for name in set(full) - {"argmax", "top_index"}:

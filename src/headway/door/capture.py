@@ -22,7 +22,7 @@ from headway.kernels.rows import RowSample
 TENSORS = ("query", "key", "value", "head_output")
 WHAT = (*TENSORS, *REDUCTIONS)
 #: What holds one entry per query row, joined over chunks along that axis.
-ROW_WISE = frozenset({"entropy", "distance", "argmax", "first", "span_mass", "top", "top_index", "query", "head_output"})
+ROW_WISE = frozenset({"entropy", "distance", "argmax", "first", "previous", "recent", "span_mass", "top", "top_index", "query", "head_output"})
 SUMS = frozenset({"received", "visible", "distance_histogram"})
 #: A capture of whole maps above this many bytes per site is refused: reductions are what is meant.
 MAP_LIMIT = 2 * 2**30

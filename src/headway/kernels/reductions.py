@@ -9,6 +9,8 @@ taken from them before the next block:
     distance      D_i  = Σ_j w_ij |i − j|              row, tokens
     argmax        a_i  = argmax_j w_ij                 row, key index; −1 where nothing is visible
     first         F_i  = w_i0                          row
+    previous      P_i  = w_i,i−1                       row (NaN for the first position)
+    recent        W_i  = Σ_{|i − j| < window} w_ij     row
     span_mass     M_is = Σ_{j in span s} w_ij          row × span
     block_mean    B_st = mean of w_ij over visible pairs of segment s × segment t
     distance_histogram   mass by floor(log2 |i − j|), |i − j| = 0 apart; summed over rows
@@ -46,6 +48,8 @@ REDUCTIONS = (
     "distance",
     "argmax",
     "first",
+    "previous",
+    "recent",
     "span_mass",
     "block_mean",
     "distance_histogram",
@@ -106,6 +110,7 @@ def reduce_attention(
     row_valid: Bool[Tensor, "batch queries"] | None = None,
     spans: Sequence[tuple[int, int]] | None = None,
     top: int = 8,
+    window: int = 64,
     block: int | None = None,
     mode: str = "block",
 ) -> dict[str, Tensor]:
@@ -113,7 +118,7 @@ def reduce_attention(
 
     `rows` limits the work to some query rows: a RowSample weights sums so that they estimate those of all rows.
     `row_valid` leaves out padding rows. `spans` are [start, stop) key ranges for `span_mass` and the segments of
-    `block_mean`. `mode="reference"` takes every reduction from the full matrix, by its definition."""
+    `block_mean`, `window` is the reach of `recent`. `mode="reference"` takes every reduction from the full matrix, by its definition."""
     for name in what:
         if name not in REDUCTIONS:
             raise unknown("what", name, REDUCTIONS)
@@ -132,11 +137,11 @@ def reduce_attention(
     index = _row_index(rows, queries, query.device)
     weight = _row_weight(rows, row_valid, index)
     if mode == "reference":
-        return _reference(query, key, what, common, sinks, index, weight, spans, top)
+        return _reference(query, key, what, common, sinks, index, weight, spans, top, window)
     if mode != "block":
         raise ArgumentError(f"mode: got {mode!r}, expected 'reference' or 'block'.")
     step = block or max(BLOCK_ELEMENTS // max(query.shape[0] * query.shape[1] * keys, 1), 16)
-    reducers = {name: _REDUCERS[name](query, key, spans, top) for name in what}
+    reducers = {name: _REDUCERS[name](query, key, spans, top, window) for name in what}
     query = query.float()
     key_columns = key.float().transpose(-1, -2)
     scratch: dict[str, Tensor] = {}
@@ -244,9 +249,11 @@ def _buffer(scratch: dict[str, Tensor], name: str, shape: tuple[int, ...], like:
 
 
 class _Reducer:
-    def __init__(self, query: Tensor, key: Tensor, spans: Sequence[tuple[int, int]] | None, top: int) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, spans: Sequence[tuple[int, int]] | None, top: int, window: int
+    ) -> None:
         self.batch, self.heads, self.keys = query.shape[0], query.shape[1], key.shape[2]
-        self.device, self.spans, self.top = query.device, list(spans or ()), top
+        self.device, self.spans, self.top, self.window = query.device, list(spans or ()), top, window
         self.parts: list[Tensor] = []
         self.start()
 
@@ -314,6 +321,21 @@ class _First(_Reducer):
         return block.weights[..., 0].clone()
 
 
+class _Previous(_Reducer):
+    def row_statistic(self, block: Block) -> Tensor:
+        before = (block.positions - 1).clamp(0, block.weights.shape[-1] - 1)
+        found = block.weights.gather(3, before.view(1, 1, -1, 1).expand(self.batch, self.heads, -1, 1))[..., 0]
+        return found.masked_fill(block.positions < 1, torch.nan)
+
+
+class _Recent(_Reducer):
+    def row_statistic(self, block: Block) -> Tensor:
+        first = max(int(block.positions[0]) - self.window + 1, 0)
+        last = min(int(block.positions[-1]) + self.window, block.weights.shape[-1])
+        gap = (block.positions[:, None] - torch.arange(first, last, device=self.device)).abs()
+        return torch.linalg.vecdot(block.weights[..., first:last], (gap < self.window).to(block.weights.dtype)[None, None])
+
+
 class _SpanMass(_Reducer):
     def row_statistic(self, block: Block) -> Tensor:
         return block.weights @ _membership(self.spans, block.weights.shape[-1], self.device)
@@ -378,6 +400,8 @@ _REDUCERS: dict[str, type[_Reducer]] = {
     "distance": _Distance,
     "argmax": _ArgMax,
     "first": _First,
+    "previous": _Previous,
+    "recent": _Recent,
     "span_mass": _SpanMass,
     "block_mean": _BlockMean,
     "distance_histogram": _DistanceHistogram,
@@ -413,6 +437,7 @@ def _reference(
     row_weight: Tensor | None,
     spans: Sequence[tuple[int, int]] | None,
     top: int,
+    window: int,
 ) -> dict[str, Tensor]:
     """Every reduction from the full matrix of weights, by its definition."""
     logits = attention_logits(query, key, index, **common)
@@ -453,6 +478,8 @@ def _reference(
         "distance": lambda: nan((weights * gap).sum(-1)),
         "argmax": lambda: weights.argmax(-1).masked_fill(empty, -1),
         "first": lambda: nan(weights[..., 0]),
+        "previous": lambda: nan((weights * (column == position - 1)).sum(-1)).masked_fill(position[:, 0] < 1, torch.nan),
+        "recent": lambda: nan((weights * (gap < window)).sum(-1)),
         "span_mass": lambda: nan(torch.stack([weights[..., a:b].sum(-1) for a, b in spans or ()], -1)),
         "block_mean": block_mean,
         "distance_histogram": histogram,
