@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headway.door import CaptureSpec, capture, inspect, observe, use
+    from headway.evidence import prove
     from headway.hosts import load
     from headway.look import Look, look
 
@@ -18,11 +19,12 @@ _HOMES = {
     "Look": "headway.look",
     "use": "headway.door",
     "inspect": "headway.door",
+    "prove": "headway.evidence",
     "observe": "headway.door",
     "capture": "headway.door",
     "CaptureSpec": "headway.door",
 }
-__all__ = ["CaptureSpec", "Look", "capture", "inspect", "load", "look", "observe", "use"]
+__all__ = ["CaptureSpec", "Look", "capture", "inspect", "load", "look", "observe", "prove", "use"]
 
 
 def __getattr__(name: str) -> Any:

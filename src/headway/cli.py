@@ -146,10 +146,18 @@ def main() -> Any:
         return app()
     except HeadwayError as error:
         typer.secho(f"headway: {error}", fg="red", err=True)
+        _print_notes(error)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         typer.secho("headway: interrupted; nothing half-written was left behind", fg="yellow", err=True)
+        _print_notes(error)
         sys.exit(130)
+
+
+def _print_notes(error: BaseException) -> None:
+    """What an error carries along, such as the command that resumes a run."""
+    for note in getattr(error, "__notes__", ()):
+        typer.echo(note, err=True)
 
 
 if __name__ == "__main__":

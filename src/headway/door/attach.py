@@ -97,14 +97,14 @@ class Handle:
 
                 ensure_tested(door, self.example)
             self._check_layers(door)
-            sites = [site for site in door.sites.values() if self.covers(site)]
+            self._door = door
             for stage in self.stages:
-                stage.prepare(sites)
+                stage.prepare(self.sites)
             door.add(self)
         except BaseException:
+            self._door = None
             close_door(door)
             raise
-        self._door = door
         for stage in self.stages:
             if isinstance(stage, Observer):
                 stage.start()
@@ -130,6 +130,11 @@ class Handle:
 
     def acting(self, site: Site) -> list[Stage]:
         return [s for s in self.stages if self.covers(site) and s.acts_at(site)]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites this scope covers, in the order in which the host runs them; empty before it is attached."""
+        return [] if self._door is None else [site for site in self._door.sites.values() if self.covers(site)]
 
     def report(self) -> list[dict[str, Any]]:
         """A row per site that ran in this scope: calls, path, density, and the time split."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from headway.evidence.render import write_evidence
@@ -29,10 +30,12 @@ def prove(slug: str, *, size: str, seed: int, record: bool, resume: Path | None,
 
 def as_table(run: Run) -> Table:
     """A run as a table: what the paper says, what was measured, the criterion, the verdict."""
-    table = Table("statement", "measured", "criterion", "verdict", title=f"{run.title} ({run.size}, {run.seconds:.0f} s)")
+    table = Table(
+        "statement", "measured", "criterion", "verdict", title=f"{run.title} ({run.size}, {run.seconds:.0f} s)"
+    )
     for claim in run.claims:
         verdict = str(claim.verdict)
-        table.add_row(claim.statement, str(claim.measured), claim.criterion.text, f"[{COLOURS[verdict]}]{verdict}[/]")
+        table.add_row(escape(claim.statement), str(claim.measured), escape(claim.criterion.text), f"[{COLOURS[verdict]}]{verdict}[/]")
     return table
 
 

@@ -34,8 +34,8 @@ def rope_frequencies(dim: int, base: float = 10_000.0) -> Float[Tensor, " pairs"
 
 
 def periods(frequencies: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-    """2π / θ_m in tokens: after how many positions each pair has turned once; infinite where θ_m is 0."""
-    return 2 * math.pi / check_frequencies(frequencies)
+    """2π / |θ_m| in tokens: after how many positions each pair has turned once; infinite where θ_m is 0."""
+    return 2 * math.pi / check_frequencies(frequencies).abs()
 
 
 def rotate(

@@ -1,0 +1,279 @@
+"""Reads what every head of a model does on one text: a few forwards under the door, numbers kept, never whole maps."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway.door import AttentionCall, Observer, Site, observe
+from headway.errors import ArgumentError, HeadwayError
+from headway.kernels.reductions import reduce_attention
+from headway.kernels.rows import RowSample, stratified_rows
+from headway.look.maps import MapObserver
+from headway.look.result import HeadMap
+from headway.look.roles import (
+    InductionResult,
+    RetrievalResult,
+    RoleObserver,
+    SiteRoles,
+    measure_induction,
+    measure_retrieval,
+    piece_offsets,
+    sentence_spans,
+)
+from headway.methods.long_context.tappa import HeadPatterns, PatternObserver, PatternProfile, classify
+from headway.methods.sinks.secondary_sinks import SecondarySinks, analyse, rescale_writes
+from headway.methods.sinks.sink_emergence import SinkMeasurement, alpha_from_received, measure_sinks
+from headway.tasks.copying import ordinary_ids
+
+#: Called with what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+#: Sequences of 64 tokens for the sink rates; the paper takes 100, which is as many again as the default text has.
+SINK_SEQUENCES = 32
+SINK_LENGTH = 64
+#: Tokens from which an ordinary look samples its query rows, and how many it then reads.
+SAMPLE_FROM = 8192
+SAMPLED_ROWS = 1024
+#: Tokens of the text on which the norm intervention on secondary sinks runs, and the norms it tries, as shares of the
+#: measured one.
+INTERVENTION_TOKENS = 512
+INTERVENTION_SHARES = (0.0, 0.5, 1.0, 2.0)
+PATTERN_ROWS = 512
+
+
+@dataclass
+class Reading:
+    """Everything that was read, before it is put into words. `sites` are the self-attention sites of the host's main
+    stack; a list that runs over layers follows them, with None where a layer was left out."""
+
+    sites: list[Site]
+    ids: Int[Tensor, "1 tokens"]
+    pieces: list[str]
+    sample: RowSample | None
+    received: list[Float[Tensor, "heads tokens"] | None]
+    roles: list[SiteRoles]
+    profiles: list[PatternProfile]
+    patterns: list[HeadPatterns]
+    sinks: SinkMeasurement | None = None
+    secondary: SecondarySinks | None = None
+    intervention: list[dict[str, float]] = field(default_factory=list)
+    retrieval: RetrievalResult | None = None
+    induction: InductionResult | None = None
+    maps: list[HeadMap] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class ReceivedMass(Observer):
+    """The mass each token receives per query that can see it, by head."""
+
+    reads_weights = True
+
+    def __init__(self, sample: RowSample | None) -> None:
+        self.sample = sample
+        self.start()
+
+    def start(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def acts_at(self, site: Site) -> bool:
+        return site.kind == "self"
+
+    def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
+        reduced = reduce_attention(
+            call.query, call.key, ("received", "visible"), sinks=call.sinks, rows=self.sample, **call.arguments()
+        )
+        self.found[call.site.name] = alpha_from_received(reduced["received"], reduced["visible"])[0].cpu()
+
+    def result(self) -> dict[str, Float[Tensor, "heads tokens"]]:
+        return self.found
+
+
+def read(
+    model: nn.Module,
+    tokenizer: Any,
+    ids: Int[Tensor, "1 tokens"],
+    *,
+    rows: int | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Reading:
+    """All numbers of a look. What a host cannot give (no next-token logits, no MLP to be found) becomes a note."""
+    tell = progress or (lambda what, done, total: None)
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    tokens = ids.shape[1]
+    if rows is None and tokens > SAMPLE_FROM:
+        rows = SAMPLED_ROWS
+    sample = None if rows is None or rows >= tokens else stratified_rows(tokens, rows, torch.Generator().manual_seed(seed))
+    pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
+    reading = _read_text(model, ids, pieces, sample, layers, tell)
+    _timed(reading, "sinks", lambda: _read_sinks(reading, model, ids, tell))
+    _timed(reading, "secondary sinks", lambda: _read_secondary(reading, model, ids, tell))
+    _timed(reading, "roles", lambda: _read_roles(reading, model, tokenizer, seed, tell))
+    return reading
+
+
+def read_maps(
+    reading: Reading, model: nn.Module, heads: Sequence[tuple[int, int]], progress: Progress | None = None
+) -> None:
+    """Draws the maps of some (layer, head) pairs, by one more forward."""
+    if progress is not None:
+        progress("drawing maps", 0, 1)
+    names = {layer: site.name for layer, site in enumerate(reading.sites)}
+    observer = MapObserver(heads=tuple((reading.sites[layer].layer, head) for layer, head in heads))
+    with torch.no_grad(), observe(model, observer, sites=sorted({names[layer] for layer, _ in heads})):
+        _forward(model, reading.ids)
+    reading.maps = observer.result()
+    if progress is not None:
+        progress("drawing maps", 1, 1)
+
+
+def _timed(reading: Reading, what: str, work: Callable[[], None]) -> None:
+    start = time.perf_counter()
+    try:
+        work()
+    except HeadwayError as error:
+        reading.notes.append(f"{what[0].upper()}{what[1:]} were not measured: {error}")
+    reading.seconds[what] = time.perf_counter() - start
+
+
+def _read_text(
+    model: nn.Module, ids: Tensor, pieces: list[str], sample: RowSample | None, layers: Sequence[int] | None, tell: Progress
+) -> Reading:
+    """One forward over the text with every observer that needs no task of its own."""
+    start = time.perf_counter()
+    text, offsets = piece_offsets(pieces)
+    received = ReceivedMass(sample)
+    roles = RoleObserver(sentences=sentence_spans(text, offsets), rows=sample)
+    patterns = PatternObserver.of(model, max_rows=PATTERN_ROWS)
+    ticker = _Ticker(tell)
+    with torch.no_grad(), observe(model, received, roles, patterns, ticker, layers=layers) as handle:
+        everything = handle._door.sites.values() if handle._door is not None else ()
+        sites, note = main_stack(list(everything))
+        ticker.total = len(handle.sites)
+        _forward(model, ids)
+    names = [site.name for site in sites]
+    profiles = sorted((p for p in patterns.result() if p.site in names), key=lambda p: names.index(p.site))
+    reading = Reading(
+        sites=sites,
+        ids=ids,
+        pieces=pieces,
+        sample=sample,
+        received=[received.found.get(name) for name in names],
+        roles=[r for r in roles.result() if r.site.name in names],
+        profiles=profiles,
+        patterns=classify(profiles) if profiles else [],
+        notes=[note] if note else [],
+    )
+    reading.seconds["text"] = time.perf_counter() - start
+    return reading
+
+
+def main_stack(sites: Sequence[Site]) -> tuple[list[Site], str]:
+    """The self-attention sites of the longest stack of a host (a decoder's when two are as long), and a note when others
+    are left out. Raises ArgumentError for a host without self-attention."""
+    stacks: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.kind == "self":
+            stacks.setdefault(re.split(r"\.\d+", site.name)[0], []).append(site)
+    if not stacks:
+        raise ArgumentError("model: got no self-attention site, expected at least one. Look at a decoder or encoder.")
+    best = max(stacks, key=lambda name: (len(stacks[name]), "decoder" in name))
+    others = [name for name in stacks if name != best]
+    note = f"Only the stack {best} is shown; the host also attends in {', '.join(others)}." if others else ""
+    return stacks[best], note
+
+
+class _Ticker(Observer):
+    """Tells the progress of one forward by the sites it has passed."""
+
+    def __init__(self, tell: Progress) -> None:
+        self.tell = tell
+        self.total = 0
+        self.start()
+
+    def start(self) -> None:
+        self.done = 0
+
+    def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
+        self.done += 1
+        self.tell("reading the text", self.done, max(self.total, self.done))
+
+
+def _read_sinks(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
+    count = min(ids.shape[1] // SINK_LENGTH, SINK_SEQUENCES)
+    length = SINK_LENGTH if count else None
+    sequences = ids[0, : count * SINK_LENGTH].view(count, SINK_LENGTH) if count else ids
+    if not count:
+        reading.notes.append(
+            f"Sink rates come from one sequence of {ids.shape[1]} tokens; the measure is meant for {SINK_LENGTH} or more."
+        )
+    reading.sinks = measure_sinks(
+        model, sequences, length=length, progress=lambda done, total: tell("measuring sinks", done, total)
+    )
+
+
+def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
+    received = [None if r is None else r.mean(0) for r in reading.received]
+    found = analyse(
+        model, ids, received=received, progress=lambda done, total, what: tell(f"secondary sinks: {what}", done, total)
+    )
+    reading.secondary = found
+    starts = found.levels.starts()
+    if found.primary is None or not starts:
+        return
+    layer = max(starts, key=lambda start: starts[start])
+    origins = [o for o in found.origins if o.layer == layer and o.aligned]
+    if layer not in found.references or not origins:
+        return
+    usual = sum(o.write_norm for o in origins) / len(origins)
+    short = ids[:, :INTERVENTION_TOKENS]
+    for turn, share in enumerate(INTERVENTION_SHARES):
+        tell("secondary sinks: norm intervention", turn, len(INTERVENTION_SHARES))
+        reading.intervention.append(_intervene(model, short, layer, found, usual * share))
+
+
+def _intervene(model: nn.Module, ids: Tensor, layer: int, found: SecondarySinks, norm: float) -> dict[str, float]:
+    """Sink score and lifetime of the tokens that one layer writes along the primary's direction, at one norm."""
+    received = ReceivedMass(None)
+    with rescale_writes(model, layer, found.references[layer], norm) as touched:
+        with observe(model, received), torch.no_grad():
+            _forward(model, ids)
+        after = analyse(model, ids, received=None, entropy=None, key_value=False)
+    positions = touched.positions
+    later = [alpha.mean(0) for alpha in received.found.values()][layer:]
+    score = torch.stack(later)[:, positions].nanmean() if positions and later else torch.tensor(torch.nan)
+    lives = {s.position: s.lifetime for s in after.sinks.sinks}
+    lifetime = sum(lives.get(p, 0) for p in positions) / max(len(positions), 1)
+    return {"norm": norm, "score": float(score), "lifetime": lifetime, "tokens": len(positions)}
+
+
+def _read_roles(reading: Reading, model: nn.Module, tokenizer: Any, seed: int, tell: Progress) -> None:
+    reading.retrieval = measure_retrieval(
+        model, tokenizer, seed=seed, progress=lambda done, total: tell("copy task", done, total)
+    )
+    warning = reading.retrieval.warning()
+    if warning:
+        reading.notes.append(warning)
+    reading.induction = measure_induction(
+        model, ordinary_ids(tokenizer), seed=seed, progress=lambda done, total: tell("repeated tokens", done, total)
+    )
+
+
+def _forward(model: nn.Module, ids: Tensor) -> None:
+    """One forward without a cache and, where the host can leave them out, without logits."""
+    import inspect
+
+    accepted = inspect.signature(model.forward).parameters
+    options = {"use_cache": False, "logits_to_keep": 1}
+    model(input_ids=ids, **{name: value for name, value in options.items() if name in accepted})
