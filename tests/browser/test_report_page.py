@@ -366,7 +366,8 @@ def test_hostile_tokens_are_text_and_never_run(hostile):
 def test_nothing_runs_off_the_side_even_with_hostile_text(hostile, width):
     page = hostile[1].page
     page.set_viewport_size({"width": width, "height": 900})
-    until(page, f"document.querySelector('{GRID} .main-svg').getBoundingClientRect().right <= {width}")
+    inside = f"(plot) => plot.getBoundingClientRect().right <= {width}"
+    until(page, f"[...document.querySelectorAll('.main-svg')].every({inside})")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

@@ -626,7 +626,7 @@ def test_smollm2_copies_by_few_heads_that_also_do_induction():
     from headway.hosts import load
 
     model, tokenizer = load("smollm2")
-    retrieval = measure_retrieval(model, tokenizer, samples=3)
+    retrieval = measure_retrieval(model, tokenizer, samples=2)
     induction = measure_induction(model, ordinary_ids(tokenizer), length=48, samples=1)
     copying = torch.stack(retrieval.scores)
     repeating = torch.stack(induction.induction)

@@ -141,7 +141,7 @@ def _make(folder: Path, convert: Converter, title: str) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Puts every file on the disk, readable for all (safetensors keeps its own to the owner), and writes the manifest."""
+    """Puts every file on the disk, readable for all (safetensors leaves it to the owner), and writes the manifest."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb+") as file:

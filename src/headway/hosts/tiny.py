@@ -108,8 +108,7 @@ def tiny_config(config_class: Any, given: Mapping[str, Any], *, decoder: bool = 
 
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Seeded weights. Matrices get unit variance over their inputs, times `ATTENTION_GAIN` inside attention; embeddings
-    `EMBEDDING_SPREAD`; sinks unit noise. Other vectors, and the parameters of a recurrence, keep their values plus noise.
-    """
+    `EMBEDDING_SPREAD`; sinks unit noise. Other vectors, and a recurrence's parameters, keep their values plus noise."""
     seen: set[int] = set()
     with torch.no_grad():
         for path, module in model.named_modules():
@@ -132,7 +131,7 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
 
 def example_of(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
     """Keyword arguments of one forward of a tiny host: two rows of tokens, pictures or sound, without padding."""
-    config = model.config
+    config: Any = model.config
     names = inspect.signature(type(model).forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
@@ -159,12 +158,13 @@ def _classes(architecture: str) -> tuple[Any, Any, dict[str, Any]]:
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+    model_class: Any
     if architecture in OTHERS:
         model_class = getattr(transformers, architecture)
         return model_class, model_class.config_class, OTHERS[architecture]
     if architecture not in architectures():
         raise unknown("architecture", architecture, (*architectures(), *OTHERS))
-    config_class = CONFIG_MAPPING[architecture]
+    config_class: Any = CONFIG_MAPPING[architecture]
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     if model_class.config_class in config_class.sub_configs.values():
         config_class = model_class.config_class
@@ -202,7 +202,7 @@ def _field_name(config: Any, name: str) -> str:
 
 
 def _tiny_number(name: str, value: int | None, default: Any) -> int | None:
-    """The tiny value of an integer field, None to leave it to the config. Equal head counts stay equal, one stays one."""
+    """The tiny value of an integer field, None to leave it to the config. Equal head counts stay equal."""
     if value is None:
         return None
     number = next((tiny for pattern, tiny in RULES if re.fullmatch(pattern, name)), None)

@@ -95,7 +95,8 @@ def pair_norms(
     x: Float[Tensor, "... dim"], pairs: int | None = None, layout: Layout = "half"
 ) -> Float[Tensor, "... pairs"]:
     """‖x_m‖ of each rotated pair; rotation does not change it."""
-    return as_pairs(x, pairs, layout).norm(dim=-1)
+    turned = as_pairs(x, pairs, layout)
+    return torch.hypot(turned[..., 0], turned[..., 1])
 
 
 def channel_energies(

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -225,8 +225,9 @@ def _grid(look: Look) -> tuple[int, int]:
 
 def _check(look: Look) -> None:
     layers, heads = _grid(look)
-    grids = [(metric.name, grid) for metric in look.heads for grid in _grids(metric)]
-    for name, grid in [*grids, *((item.name, item.values) for item in look.labels)]:
+    grids: list[tuple[str, Sequence[Sequence[object]]]] = [(m.name, grid) for m in look.heads for grid in _grids(m)]
+    grids += [(item.name, item.values) for item in look.labels]
+    for name, grid in grids:
         if len(grid) != layers or any(len(row) != heads for row in grid):
             got = f"{len(grid)} layers × {sorted({len(row) for row in grid})} heads"
             raise ArgumentError(f"{name}: got {got}, expected {layers} × {heads} as in the other metrics.")

@@ -616,9 +616,10 @@ def _under_the_door(model: torch.nn.Module, rows: _Rows) -> Iterator[None]:
 
 def _logits(model: torch.nn.Module, ids: Tensor, observer: _Rows, rows: Tensor) -> Float[Tensor, "rows vocabulary"]:
     """The model's logits of the given rows, with the observer turned to them."""
-    config: Any = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and ids.shape[1] > positions:
+    from headway.hosts import positions_of
+
+    positions = positions_of(model)
+    if positions is not None and ids.shape[1] > positions:
         raise ArgumentError(
             f"length, records: got a task of {ids.shape[1]} tokens, expected at most {positions}, the positions of the "
             "model. Ask for shorter rows or fewer records."

@@ -312,9 +312,10 @@ def _real(context: Context) -> dict[str, Any]:
     if name == "tiny":
         model, ids = _tiny(tokens)
     else:
-        model, tokenizer = load(name)
-        ids = tokenize(tokenizer, default_text(), tokens)
-    patterns, steps = PatternObserver.of(model, max_rows=512), _StepObserver()
+        large = context.size == "full"
+        model, tokenizer = load(name, device="cuda" if large else "cpu", dtype="bfloat16" if large else "float32")
+        ids = tokenize(tokenizer, default_text(), tokens).to(model.device)
+    patterns, steps = PatternObserver.of(model), _StepObserver()
     with observe(model, patterns, steps), torch.no_grad():
         model(input_ids=ids)
     profiles = patterns.result()
@@ -346,7 +347,8 @@ class _StepObserver(Observer):
         self._sites: list[dict[str, np.ndarray]] = []
 
     def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
-        logits = call.logits(torch.arange(max(call.queries - self.ROWS, 0), call.queries))
+        first = max(call.queries - self.ROWS, 0)
+        logits = call.logits(torch.arange(first, call.queries, device=call.query.device))
         both = (logits[:, :, 1:] > -torch.inf) & (logits[:, :, :-1] > -torch.inf)
         change = (logits[:, :, 1:] - logits[:, :, :-1]).abs().masked_fill(~both, 0.0).amax(-1).mean(-1)
         others = predictability(normalise(logits[..., 1:])[0])
@@ -490,10 +492,17 @@ def _plots(context: Context, claims: Sequence[Claim]) -> None:
     context.save_plot(figure, "classification")
 
 
+def _obstacle(size: str) -> str | None:
+    if size == "full" and not torch.cuda.is_available():
+        return "its model has 7 billion parameters and there is no GPU. Run --size small."
+    return None
+
+
 RECIPE = Recipe(
     slug="tappa",
     title="Why Attention Patterns Exist: A Unifying Temporal Perspective Analysis",
     run=run,
     criteria=CRITERIA,
     plots=_plots,
+    obstacle=_obstacle,
 )

@@ -44,12 +44,12 @@ class PatternObserver(Observer):
 
     frequencies: Tensor | Mapping[str, Tensor | None] | None = None
     layout: Layout = "half"
-    max_rows: int | None = 1024
+    max_rows: int | None = 512
     max_lag: int = 128
     _profiles: dict[str, list[PatternProfile]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, *, max_rows: int | None = 1024, max_lag: int = 128) -> PatternObserver:
+    def of(cls, model: nn.Module, *, max_rows: int | None = 512, max_lag: int = 128) -> PatternObserver:
         """An observer with the frequencies of this host, site by site, tried out by `site_frequencies`.
 
         To be called while nothing is attached to the model."""

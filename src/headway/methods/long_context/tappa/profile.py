@@ -106,7 +106,7 @@ def profile_call(
     *,
     frequencies: Float[Tensor, " pairs"] | None = None,
     layout: Layout = "half",
-    max_rows: int | None = 1024,
+    max_rows: int | None = 512,
     max_lag: int = 128,
 ) -> list[PatternProfile]:
     """The profile of every sequence of a call, padding left out.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from headway.methods.sinks.secondary_sinks.detection import (
     SinkMap,
     find_primary,
     map_sinks,
+    massive_spans,
 )
 from headway.methods.sinks.secondary_sinks.levels import LevelTable
 from headway.methods.sinks.secondary_sinks.measures import CHUNK, group_profile, sink_score
@@ -61,6 +63,8 @@ class SecondarySinks:
 
     `primary` is None where there is none; `reason` says so or gives its ground. `score` is attention received by group
     and layer (None when no attention was given), `norms[kind][group]` mean norms by layer for hidden, key and value,
+    `other_ranges` are maps of further layer ranges in which the primary is massive and other tokens point its way (the
+    paper's rule takes the largest rise alone); give such a range as `span` to analyse it in full.
     `entropy[layer]` the matrix entropy of each chunk. `references` are the MLP outputs that an intervention compares
     with: the primary's at its start layer ("source") and at each creating layer. `notes` say what was left out and
     why."""
@@ -69,6 +73,7 @@ class SecondarySinks:
     reason: str
     sinks: SinkMap
     levels: LevelTable
+    other_ranges: list[SinkMap]
     score: dict[str, list[float]] | None
     origins: list[Origin]
     stages: dict[int, dict[str, float]]
@@ -86,6 +91,7 @@ class SecondarySinks:
                 "reason": self.reason,
                 "sinks": self.sinks.to_dict(),
                 "levels": self.levels.to_dict(),
+                "other_ranges": [sinks.to_dict() for sinks in self.other_ranges],
                 "score": self.score,
                 "origins": [asdict(o) | {"aligned": o.aligned} for o in self.origins],
                 "stages": self.stages,
@@ -172,20 +178,11 @@ def analyse_rows(
     _check_reading(reading, kept, candidate_positions(chat_template, candidates))
     results = []
     for row, streams in enumerate(reading.rows):
-        primary, reason = find_primary(streams.norms, streams.candidates, min_jump=min_jump, span=span)
-        cosines = None if primary is None else streams.cosines[streams.candidates.index(primary.position)]
-        sinks = map_sinks(
-            cosines,
-            primary,
-            reason,
-            layers=streams.norms.shape[0],
-            tokens=streams.norms.shape[1],
-            candidates=streams.candidates,
-            threshold=threshold,
-            lifetime=lifetime,
-            rule=rule,
-        )
-        result = _described(streams, sinks, labels)
+        detection = partial(_detect, streams, threshold=threshold, lifetime=lifetime, rule=rule, min_jump=min_jump)
+        sinks = detection(span)
+        spans = massive_spans(streams.norms, sinks.primary) if sinks.primary is not None and span is None else []
+        further = [detection(other) for other in spans]
+        result = _described(streams, sinks, [found for found in further if found.sinks], labels)
         result.notes += [*_stream_notes(streams, chat_template or candidates is not None), *reading.notes]
         _add_score(result, None if received is None else received[row], streams)
         _add_key_value(result, reading, row)
@@ -229,12 +226,42 @@ def _check_reading(reading: Reading, kept: Sequence[Tensor], candidates: tuple[i
         )
 
 
-def _described(streams: Scan, sinks: SinkMap, labels: Sequence[str]) -> SecondarySinks:
+def _detect(
+    streams: Scan,
+    span: tuple[int, int] | None,
+    *,
+    threshold: float,
+    lifetime: str,
+    rule: str | LabelRule,
+    min_jump: float,
+) -> SinkMap:
+    primary, reason = find_primary(streams.norms, streams.candidates, min_jump=min_jump, span=span)
+    return map_sinks(
+        None if primary is None else streams.cosines[streams.candidates.index(primary.position)],
+        primary,
+        reason,
+        layers=streams.norms.shape[0],
+        tokens=streams.norms.shape[1],
+        candidates=streams.candidates,
+        threshold=threshold,
+        lifetime=lifetime,
+        rule=rule,
+    )
+
+
+def _described(streams: Scan, sinks: SinkMap, further: list[SinkMap], labels: Sequence[str]) -> SecondarySinks:
+    notes = [
+        f"Position {found.primary.position} is massive at layers {found.primary.start} to {found.primary.end - 1} as well, "
+        f"and {len(found.sinks)} later tokens are sinks there; span=({found.primary.start}, {found.primary.end}) traces them."
+        for found in further
+        if found.primary is not None
+    ]
     return SecondarySinks(
         primary=sinks.primary,
         reason=sinks.reason,
         sinks=sinks,
         levels=LevelTable.of(sinks, labels),
+        other_ranges=further,
         score=None,
         origins=[],
         stages={},
@@ -242,6 +269,7 @@ def _described(streams: Scan, sinks: SinkMap, labels: Sequence[str]) -> Secondar
         norms={"hidden": _lists(group_profile(streams.norms, sinks))},
         entropy=streams.entropy,
         references={},
+        notes=notes,
     )
 
 

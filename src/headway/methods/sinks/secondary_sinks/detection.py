@@ -203,6 +203,27 @@ def find_primary(
     return Primary(position=position, start=start, end=end, jump=jump, typical=typical), reason
 
 
+def massive_spans(
+    norms: Float[Tensor, "layers tokens"], primary: Primary, *, min_jump: float = MIN_JUMP
+) -> list[tuple[int, int]]:
+    """Layers [start, end) outside the primary's range in which its norm stands out as well: at least 1 + `min_jump` times
+    the median norm of the other tokens, for two layers or more.
+
+    The rule of the paper takes one range, from the largest rise; a model may raise its first token twice."""
+    others = [t for t in range(norms.shape[1]) if t != primary.position]
+    massive = norms[:, primary.position] >= (1 + min_jump) * norms[:, others].median(1).values
+    massive[primary.start : primary.end] = False
+    spans, start = [], None
+    for layer, stands_out in enumerate([*massive.tolist(), False]):
+        if stands_out and start is None:
+            start = layer
+        elif not stands_out and start is not None:
+            if layer - start > 1:
+                spans.append((start, layer))
+            start = None
+    return spans
+
+
 def label_rule(layers: int, rule: str | LabelRule = "auto") -> LabelRule:
     """The label constants for a model of `layers` layers.
 

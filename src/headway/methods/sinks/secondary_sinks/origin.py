@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,8 +29,8 @@ ALIGNED = 0.98
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """How one sink was written: its position and label, the layer, the norm of the MLP output there, and the cosine
-    with the primary by stage. `to_stream` compares the output with the primary's stream at that layer, `to_source` with
-    the output that made the primary."""
+    with the primary by stage. `to_stream` compares the output with the primary's stream at that layer (NaN in hosts
+    whose stream is wider than their MLPs), `to_source` with the output that made the primary."""
 
     position: int
     label: str
@@ -42,7 +43,7 @@ class Origin:
     @property
     def aligned(self) -> bool:
         """Whether the output lies along the primary's direction (either sign)."""
-        return max(abs(self.cosines["down"]), abs(self.to_stream), abs(self.to_source)) > ALIGNED
+        return any(abs(cosine) > ALIGNED for cosine in (self.cosines["down"], self.to_stream, self.to_source))
 
 
 def stage_cosines(
@@ -65,7 +66,10 @@ def trace_origins(
     """An Origin per token created at `layer`, from its stages, the primary's stages there, and the primary's source
     output. `primary` also holds its "stream" after the layer."""
     cosines = stage_cosines(tokens, primary)
-    to_stream = stream_cosines(tokens["down"], primary["stream"])
+    same_width = primary["stream"].numel() == source.numel()
+    to_stream = (
+        stream_cosines(tokens["down"], primary["stream"]) if same_width else torch.full((len(positions),), torch.nan)
+    )
     to_source = stream_cosines(tokens["down"], source)
     norms = token_norms(tokens["down"])
     return [
