@@ -292,8 +292,8 @@ def _blocks(
         weights = call.weights(rows)[0, 0]
         seen = call.visible(rows)[0, 0]
         if padded is not None:
-            real = ~padded[0, rows, None]
-            weights, seen = weights * real, seen
+            1 = ~padded[0, rows, None]
+            weights, seen = weights * 1, seen & real
         yield rows.cpu().numpy(), weights.cpu().numpy(), seen.cpu().numpy()
 
 
