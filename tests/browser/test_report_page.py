@@ -60,6 +60,17 @@ def tip(page) -> str:
     return page.inner_text(TIP)
 
 
+def hover_head(page, layer: int, head: int, **size: int) -> str:
+    """The tip of a cell of the large grid. A scroll that ends late hides the tip, as it should; then the mouse moves on."""
+    x, y = cell(page, layer, head, **size)
+    for step in range(20):
+        page.mouse.move(x + step % 2, y)
+        page.wait_for_timeout(100)
+        if page.is_visible(TIP):
+            break
+    return tip(page)
+
+
 def until(page, condition: str) -> None:
     """Waits for a condition in the page. (Playwright's own way evaluates strings there, which the policy forbids.)"""
     page.evaluate(
@@ -98,8 +109,7 @@ def test_policy_stops_a_script_that_is_not_ours(page):
 
 @pytest.mark.parametrize(("layer", "head"), [(3, 1), (0, 5), (11, 0)])
 def test_hover_tells_layer_head_value_interval_and_pattern(page, look, layer, head):
-    page.mouse.move(*cell(page, layer, head))
-    lines = tip(page).split("\n")
+    lines = hover_head(page, layer, head).split("\n")
     metric = look.heads[0]
     assert lines[0] == f"Layer {layer}, head {head}"
     name, value = lines[1].split(": ")
@@ -118,8 +128,7 @@ def test_switching_the_metric_changes_grid_title_list_and_tip(page, look):
     assert page.inner_text("#metric-title") == "Retrieval score"
     assert page.locator("#top-heads").inner_text() != before
     assert "Layer 3, head 1" in page.locator("#top-heads li").first.inner_text()
-    page.mouse.move(*cell(page, 3, 1))
-    assert "Retrieval score: 0.987" in tip(page)
+    assert "Retrieval score: 0.987" in hover_head(page, 3, 1)
     drawn = page.evaluate(f"document.querySelector('{GRID}').data[0].z")
     np.testing.assert_allclose(np.array(drawn).T, look.heads[index].array(), rtol=5e-4)
 
@@ -132,16 +141,14 @@ def test_metric_is_switched_by_the_keyboard_too(page):
 
 def test_cell_without_a_value_says_so(page, look):
     page.check(f"#metric-{index_of(look, 'period')}")
-    page.mouse.move(*cell(page, 0, 2))
-    assert "not measured here" in tip(page)
+    assert "not measured here" in hover_head(page, 0, 2)
     assert "Empty cell: not measured there." in page.inner_text("#heads")
 
 
 def test_word_grid_shows_words_and_marks_one_of_them(page, look):
     page.check(f"#metric-{len(look.heads)}")
-    page.mouse.move(*cell(page, 4, 2))
     word = look.labels[0].values[4][2]
-    assert word in tip(page)
+    assert word in hover_head(page, 4, 2)
     key = page.locator(".key", has_text=word).first
     key.click()
     assert page.locator(".key", has_text=word).first.get_attribute("aria-pressed") == "true"
@@ -352,8 +359,7 @@ def test_hostile_tokens_are_text_and_never_run(hostile):
         assert token in strip
     assert "⟨U+202E⟩evil" in strip
     assert "⟨U+D83D⟩" in strip
-    page.mouse.move(*cell(page, 1, 1, layers=12, heads=4))
-    assert HOSTILE[0] in tip(page)
+    assert HOSTILE[0] in hover_head(page, 1, 1, layers=12, heads=4)
     for index in range(len(look.heads) + 1):
         page.check(f"#metric-{index}")
     assert page.evaluate("window.hacked") is None

@@ -205,6 +205,21 @@ def test_left_padding_shows_nothing_and_moves_the_sink():
     assert item.keys[0][0] == pad
 
 
+def test_right_padding_changes_no_pair_and_no_key():
+    plain, tokens, pad = random_call(40, seed=3), 40, 9
+    real = (torch.arange(tokens) < tokens - pad)[None]
+    padded = plain.replace(mask=real[:, None, None].expand(1, 1, tokens, -1), forward=Forward(padding=real))
+    short = plain.replace(
+        **{name: getattr(plain, name)[:, :, : tokens - pad] for name in ("query", "key", "value")}, forward=Forward()
+    )
+    whole, cut = head_map(padded, 2), head_map(short, 2)
+    assert [p[:2] for p in whole.pairs] == [p[:2] for p in cut.pairs]
+    shares = dict(cut.keys)
+    common = [(key, share) for key, share in whole.keys if key in shares]
+    assert len(common) > 5
+    assert [share for _, share in common] == pytest.approx([shares[key] for key, _ in common], rel=1e-5)
+
+
 def test_rows_of_a_later_chunk_keep_their_token_positions():
     bias = torch.zeros(64, 64)
     bias[60, 20] = 10.0

@@ -81,6 +81,13 @@ def test_summary_holds_every_finding_and_warning_as_text(look, page):
         assert sentence in text
 
 
+def test_header_says_what_was_read_when_and_with_what(look, page):
+    text = Page(page).text
+    for part in (look.model["name"], "6 layers × 4 heads", "134.5 million", "torch 2.13.0"):
+        assert part in text
+    assert f"text: {look.run['text']} · {look.run['when']}" in text
+
+
 def test_payload_holds_every_head_value_to_four_digits(look, page):
     shown = Page(page).data()["heads"]
     for metric, sent in zip(look.heads, shown, strict=True):

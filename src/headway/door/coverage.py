@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from headway.door.adapter import uses_registry
 from headway.door.attach import use
 from headway.door.call import AttentionCall
-from headway.door.selftest import TOLERANCE, _first_tensor
+from headway.door.selftest import TOLERANCE, first_tensor
 from headway.door.stages import Editor
 from headway.door.structure import hard_coded, mixer_kind
 from headway.errors import ArgumentError, InterceptionError
@@ -80,14 +80,14 @@ def cover(model: nn.Module, example: dict[str, Any], *, architecture: str = "") 
     `architecture` names the host in the result (its class by default). Errors other than InterceptionError pass."""
     name = architecture or type(model).__name__
     with torch.no_grad():
-        native = _first_tensor(model(**example))
+        native = first_tensor(model(**example))
         if native is None:
             raise ArgumentError(
                 f"model: got {name}, whose output holds no tensor of floats; expected logits or states."
             )
         try:
             with use(model, DoorKernel(), example=example) as handle:
-                through = _first_tensor(model(**example))
+                through = first_tensor(model(**example))
         except InterceptionError as error:
             return Coverage(name, "refused", str(error))
     rows = handle.report()

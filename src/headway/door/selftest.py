@@ -83,7 +83,7 @@ def run_selftest(
     try:
         with torch.no_grad():
             with door.probing(probe), bypasses(model) as missed:
-                before = _first_tensor(model(**inputs))
+                before = first_tensor(model(**inputs))
             if not probe.calls:
                 raise InterceptionError(f"model: {why_not(model)}")
             if missed:
@@ -99,7 +99,7 @@ def run_selftest(
                     f"{type(model).__name__}: {shown}{more}. Load it with attn_implementation='eager' or 'sdpa', or report it."
                 )
             with door.probing(Probe(silence=True)):
-                after = _first_tensor(model(**inputs))
+                after = first_tensor(model(**inputs))
     except InterceptionError:
         raise
     except Exception as error:
@@ -149,11 +149,12 @@ def future_fault(call: AttentionCall) -> str:
     return "a row of a causal call reads the future" if bool((call.weights() * future).any()) else ""
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of floats in a host's output: logits or states."""
     values = output.to_tuple() if hasattr(output, "to_tuple") else (output if isinstance(output, tuple | list) else (output,))
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-        if hasattr(value, "to_tuple") and (inner := _first_tensor(value)) is not None:
+        if hasattr(value, "to_tuple") and (inner := first_tensor(value)) is not None:
             return inner
     return None

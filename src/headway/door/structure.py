@@ -12,7 +12,7 @@ from headway.door.adapter import uses_registry
 
 #: Class names of token mixers that have no softmax over keys, with what they are.
 MIXERS = (
-    (r"mamba|\bssm|ssd|selectivescan|bamba", "state-space mixer"),
+    (r"mamba|\bssm|ssd|selectivescan|bamba|falconh1mixer", "state-space mixer"),
     (r"rwkv", "RWKV recurrence"),
     (r"rglru|recurrent|lstm|xlstm|gru", "gated recurrence"),
     (r"deltanet|deltaattention|linearattention|lightningattention|retention", "linear attention"),
@@ -20,11 +20,13 @@ MIXERS = (
 )
 #: Parts of such hosts that carry the family's name and mix no tokens.
 _WRAPPERS = re.compile(r"norm|model|layer$|block$|cache|forcausallm|mlp|feedforward|rotary|embed|backend|head")
+#: Mixers that are called layers.
+_MIXING_LAYERS = frozenset({"granitemoehybridmambalayer", "xlstmlayer"})
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 #: Parts that carry the word in their name and compute no attention of their own.
 _PARTS = re.compile(
     r"output|norm|embed|layer$|block$|model|decoder|encoder|pool|mask|bias|intermediate|rotary|indexer|cache|gate|scale|"
-    r"resampler|stack|compressor",
+    r"resampler|stack|compressor|residual",
     re.IGNORECASE,
 )
 
@@ -33,7 +35,7 @@ def mixer_kind(module: nn.Module) -> str | None:
     """What kind of attention-free mixer a module is by its class name; None when it is not one."""
     name = type(module).__name__.lower()
     for pattern, kind in MIXERS:
-        if re.search(pattern, name) and not _WRAPPERS.search(name):
+        if re.search(pattern, name) and (name in _MIXING_LAYERS or not _WRAPPERS.search(name)):
             return kind
     return None
 

@@ -86,10 +86,11 @@ def head_map(
 
     `windows` detail windows of `size` × `size` pairs lie where the most mass is off sinks and diagonal, beyond what
     uniform attention puts there (early rows have all their mass in any window); they do not overlap. A head without
-    such a place gets one window at the middle of its diagonal, an exact map none. `pairs` are the strongest pairs (query
-    position, key position, weight) off sinks and diagonal, strongest first, ties in reading order. `keys` are the keys
-    of largest received mass per query that can see them, sinks included. `sinks` are key positions, by default the first
-    token. Pairs with |i − j| < `band` are the diagonal (cross-attention has none). Padding rows count nowhere.
+    such a place gets one window at the middle of its diagonal, an exact map none.
+    `pairs` are the strongest pairs (query position, key position, weight) off sinks and diagonal, strongest first, ties
+    in reading order. `keys` are the keys of largest received mass per query that can see them, sinks included.
+    `sinks` are key positions, by default the first token. Pairs with |i − j| < `band` are the diagonal (cross-attention
+    has none). Padding rows count nowhere.
     Raises ArgumentError for a head or batch entry that is not there and for sizes that cannot be, NumericError for
     tensors that are not finite."""
     _check(
@@ -292,8 +293,8 @@ def _blocks(
         weights = call.weights(rows)[0, 0]
         seen = call.visible(rows)[0, 0]
         if padded is not None:
-            1 = ~padded[0, rows, None]
-            weights, seen = weights * 1, seen & real
+            real = ~padded[0, rows, None]
+            weights, seen = weights * real, seen & real
         yield rows.cpu().numpy(), weights.cpu().numpy(), seen.cpu().numpy()
 
 

@@ -66,6 +66,7 @@ def render(look: Look) -> str:
         look=look,
         title=f"{look.model.get('name', 'model')}: what its attention heads do",
         subtitle=_subtitle(look),
+        provenance=_provenance(look.run),
         facts=[("Model", list(_flat(look.model))), ("Run", list(_flat(look.run)))],
         sections=_sections(look),
         families=[{"name": name, "title": FAMILY_TITLES[name]} for name in FAMILIES],
@@ -217,9 +218,10 @@ def _rounded(value: Any) -> Any:
 
 def _grid(look: Look) -> tuple[int, int]:
     """(layers, heads) of the head grids: the shape of the values, else what the model says, else none."""
-    for values in (*(metric.values for metric in look.heads), *(item.values for item in look.labels)):
-        if values:
-            return len(values), len(values[0])
+    grids: list[Sequence[Sequence[object]]] = [metric.values for metric in look.heads]
+    grids += [item.values for item in look.labels]
+    for values in filter(None, grids):
+        return len(values), len(values[0])
     return int(look.model.get("layers") or 0), int(look.model.get("heads") or 0)
 
 
@@ -289,6 +291,21 @@ def _subtitle(look: Look) -> str:
     return " · ".join(parts)
 
 
+def _provenance(run: dict[str, Any]) -> str:
+    """What was read, when and with which versions, as far as the run says so."""
+    versions = run.get("versions") or {}
+    parts = [
+        _cut(f"text: {run['text']}") if run.get("text") else "",
+        str(run.get("when") or ""),
+        ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}…"
+
+
 def _count(number: object) -> str:
     if not isinstance(number, int | float):
         return str(number)
@@ -306,4 +323,4 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield from _flat(value, f"{name} ")
             continue
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        yield name, text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}…"
+        yield name, _cut(text)

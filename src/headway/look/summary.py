@@ -27,7 +27,8 @@ def head_metrics(reading: Reading) -> list[HeadMetric]:
 
 
 def _role_metrics(reading: Reading) -> list[HeadMetric]:
-    return role_metrics(reading.roles, reading.retrieval, reading.induction, sites=reading.sites)
+    retrieval = reading.retrieval if reading.retrieval is not None and reading.retrieval.usable else None
+    return role_metrics(reading.roles, retrieval, reading.induction, sites=reading.sites)
 
 
 def _sink_metrics(reading: Reading) -> list[HeadMetric]:

@@ -48,10 +48,12 @@ def top_heads(look: Look) -> Table:
     roles = [metric for metric in look.heads if metric.family == "roles"] or look.heads
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("Measure")
-    table.add_column(f"Strongest {TOP} heads (layer.head value)")
+    table.add_column("Strongest heads (layer.head value)")
+    for _ in range(TOP - 1):
+        table.add_column()
     for metric in roles:
         cells = [f"{layer}.{head} {value:.3g}" for layer, head, value in strongest(metric)]
-        table.add_row(Text(visible(metric.label)), Text("   ".join(cells) or "not measured"))
+        table.add_row(Text(visible(metric.label)), *(cells or ["not measured"]))
     return table
 
 

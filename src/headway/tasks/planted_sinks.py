@@ -37,7 +37,7 @@ SINK_LOGIT, MARKER_LOGIT = 5.0, 20.0
 #: Norm of what an MLP writes dependent on the token, relative to σ: small, so that the law still holds.
 NOISE = 0.2
 #: Scale of the random attention heads, for the same reason.
-MIXED = 0.15
+MIXED = 0.1
 #: So slow a rotation that position does not change a logit.
 ROPE_BASE = 1e12
 

@@ -1,9 +1,10 @@
 // The rest of the free-form numbers, the first choice of a head, and Plotly.
 
 section("more", (body) => {
-  for (const [heading, record, drawn] of [["Sinks", DATA.sinks, ["positions"]], ["Roles", DATA.roles, []]]) {
-    if (Object.keys(record).some((key) => !drawn.includes(key))) {
-      body.append(el("div", { class: "card wide" }, el("h3", {}, heading), facts(record, drawn)));
+  for (const [heading, record, drawn] of [["Sinks", DATA.sinks, ["positions", "sentence"]], ["Roles", DATA.roles, ["sentence"]]]) {
+    if (Object.keys(record).length) {
+      const sentence = record.sentence ? el("p", { class: "about" }, prose(record.sentence)) : null;
+      body.append(el("div", { class: "card wide" }, el("h3", {}, heading), sentence, facts(record, drawn)));
     }
   }
 });

@@ -251,8 +251,9 @@ def _detect(
 
 def _described(streams: Scan, sinks: SinkMap, further: list[SinkMap], labels: Sequence[str]) -> SecondarySinks:
     notes = [
-        f"Position {found.primary.position} is massive at layers {found.primary.start} to {found.primary.end - 1} as well, "
-        f"and {len(found.sinks)} later tokens are sinks there; span=({found.primary.start}, {found.primary.end}) traces them."
+        f"Position {found.primary.position} is massive at layers {found.primary.start} to {found.primary.end - 1} as "
+        f"well, with {len(found.sinks)} later tokens along it; trace them with span=({found.primary.start}, "
+        f"{found.primary.end})."
         for found in further
         if found.primary is not None
     ]

@@ -206,8 +206,8 @@ def find_primary(
 def massive_spans(
     norms: Float[Tensor, "layers tokens"], primary: Primary, *, min_jump: float = MIN_JUMP
 ) -> list[tuple[int, int]]:
-    """Layers [start, end) outside the primary's range in which its norm stands out as well: at least 1 + `min_jump` times
-    the median norm of the other tokens, for two layers or more.
+    """Layers [start, end) outside the primary's range in which its norm stands out as well: at least 1 + `min_jump`
+    times the median norm of the other tokens, for two layers or more.
 
     The rule of the paper takes one range, from the largest rise; a model may raise its first token twice."""
     others = [t for t in range(norms.shape[1]) if t != primary.position]
