@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from headway.errors import ArgumentError, NumericError
 from headway.methods.sinks.secondary_sinks import SinkMap, detect, find_primary, label_rule
+from headway.methods.sinks.secondary_sinks.detection import massive_spans
 
 LAYERS, TOKENS, WIDTH = 12, 20, 32
 START, END = 2, 10
@@ -150,6 +151,15 @@ def test_a_given_span_is_examined_instead_of_the_range_found():
 def test_a_span_outside_the_model_is_refused(span: tuple[int, int]):
     with pytest.raises(ArgumentError, match="span: got"):
         detect(streams(), span=span)
+
+
+def test_further_ranges_in_which_the_primary_is_massive_are_listed():
+    norms = torch.ones(14, 9)
+    norms[:, 0] = torch.tensor([1.0, 4, 5, 1, 4, 1, 1, 90, 90, 5, 1, 1, 3, 3])
+    primary = find_primary(norms)[0]
+    assert (primary.start, primary.end) == (7, 9)
+    assert massive_spans(norms, primary) == [(1, 3), (12, 14)]
+    assert massive_spans(norms, primary, min_jump=3) == [(1, 3)]
 
 
 def test_massive_half_precision_streams_do_not_overflow():

@@ -206,6 +206,38 @@ def test_a_model_without_sinks_says_so():
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_sinks_of_an_earlier_range_are_pointed_out_and_can_be_traced(planted: PlantedSinks, text: tuple):
+    """A second, larger rise of the first token hides the first range from the paper's rule."""
+    ids, truth = text
+    direction = planted.direction
+
+    def raise_first(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 0] += 5000 * direction
+        return output
+
+    def lower_first(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 0] -= 200 * direction
+        return output
+
+    layers = planted.model.model.layers
+    hooks = [layers[7].register_forward_hook(lower_first), layers[9].register_forward_hook(raise_first)]
+    try:
+        main = analyse(planted.model, ids, key_value=False)
+        assert (main.primary.start, main.primary.end) == (9, 15)
+        earlier = [(r.primary.start, r.primary.end) for r in main.other_ranges]
+        assert earlier == [(1, 7)]
+        assert any("layers 1 to 6" in note and "span=(1, 7)" in note for note in main.notes)
+        traced = analyse(planted.model, ids, key_value=False, span=(1, 7))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first = planted.creations[0].layer
+    assert {s.position: s.start for s in traced.sinks.sinks} == {t: at for t, at in truth.items() if at == first}
+    assert traced.stages[first]["down"] > 0.98
+
+
 def test_a_larger_norm_outside_the_candidates_is_pointed_out(planted: PlantedSinks, text: tuple):
     shifted = torch.cat([torch.tensor([[20, 21]]), text[0]], 1)
     plain = analyse(planted.model, shifted, key_value=False)

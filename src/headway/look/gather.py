@@ -127,6 +127,8 @@ def read_maps(
     reading: Reading, model: nn.Module, heads: Sequence[tuple[int, int]], progress: Progress | None = None
 ) -> None:
     """Draws the maps of some (layer, head) pairs, by one more forward."""
+    if not heads:
+        return
     if progress is not None:
         progress("drawing maps", 0, 1)
     names = {layer: site.name for layer, site in enumerate(reading.sites)}
