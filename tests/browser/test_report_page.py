@@ -60,15 +60,19 @@ def tip(page) -> str:
     return page.inner_text(TIP)
 
 
-def hover_head(page, layer: int, head: int, **size: int) -> str:
-    """The tip of a cell of the large grid. A scroll that ends late hides the tip, as it should; then the mouse moves on."""
-    x, y = cell(page, layer, head, **size)
+def hover(page, x: float, y: float) -> str:
+    """The tip at a place. A scroll that ends late hides a tip, as it should; then the mouse has to move on."""
     for step in range(20):
         page.mouse.move(x + step % 2, y)
         page.wait_for_timeout(100)
         if page.is_visible(TIP):
             break
     return tip(page)
+
+
+def hover_head(page, layer: int, head: int, **size: int) -> str:
+    """The tip of a cell of the large grid."""
+    return hover(page, *cell(page, layer, head, **size))
 
 
 def until(page, condition: str) -> None:
@@ -189,8 +193,8 @@ def test_token_strip_follows_the_layer(page, look):
     assert strip_colour(page, position) != mean
     token = page.locator(f'#strip [data-i="{position}"]')
     token.scroll_into_view_if_needed()
-    token.hover()
-    shown = tip(page)
+    box = token.bounding_box()
+    shown = hover(page, box["x"] + 3, box["y"] + 8)
     assert f"Position {position}" in shown
     value = float(shown.split("receives ")[1].split(" ")[0])
     assert value == pytest.approx(look.received[10][position], rel=6e-3)
@@ -209,6 +213,15 @@ def test_sinks_are_marked_and_line_breaks_kept(page, look):
     assert page.locator("#strip .sink").count() == 1
     breaks = sum("\n" in token for token in look.tokens)
     assert page.locator("#strip br").count() == breaks > 0
+
+
+def test_indentation_after_a_break_starts_the_next_line(unusual):
+    token = unusual.page.locator('#strip [data-i="3"]')
+    assert token.evaluate("(span) => [...span.childNodes].map((n) => n.textContent || n.nodeName)") == [
+        "↵",
+        "BR",
+        "    ",
+    ]
 
 
 def ramp_position(page, look: Look, layer: int, position: int) -> float:
@@ -241,11 +254,9 @@ def test_detail_window_shows_every_weight_with_its_tokens(page, look):
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     row, column = window.size - 3, 5
-    page.mouse.move(
-        box["x"] + (column + 0.5) * box["width"] / window.size, box["y"] + (row + 0.5) * box["height"] / window.size
-    )
+    step = box["width"] / window.size
+    shown = hover(page, box["x"] + (column + 0.3) * step, box["y"] + (row + 0.5) * step)
     weights = np.frombuffer(base64.b64decode(window.pixels), np.uint8).reshape(window.size, window.size)
-    shown = tip(page)
     assert f"query {window.row + row:,}" in shown
     assert f"key {window.column + column:,}" in shown
     assert look.tokens[window.row + row].strip() in shown
@@ -381,6 +392,7 @@ def test_nothing_runs_off_the_side_even_with_hostile_text(hostile, width):
 def unusual(open_file, tmp_path_factory):
     """A text longer than a page of the strip, with free-form results of other shapes than the usual ones."""
     look = synthetic_look(layers=4, heads=2, tokens=6000, maps=1, side=256)
+    look.tokens[3] = "\n    "
     look.secondary = {
         "reason": "a reason",
         "primary": None,
@@ -391,7 +403,12 @@ def unusual(open_file, tmp_path_factory):
         "list": [[1, 2], [3]],
         "none": None,
     }
-    look.patterns = {"counts": {"a": 1}, "channels": {"energy": [[0.1, 0.9]]}, "bounds": [], "more": {"x": True}}
+    look.patterns = {
+        "counts": {"a": 1},
+        "channels": {"energy": [[0.1, 0.9]]},
+        "bounds": [{"layer": n, "change": 1.0 * n, "bound": 2.5 * n} for n in range(4)],
+        "more": {"x": True},
+    }
     return open_file(saved(look, tmp_path_factory.mktemp("unusual"), "unusual"))
 
 
@@ -401,6 +418,12 @@ def test_long_input_is_turned_in_pages(unusual):
     page.select_option("#strip-page", "1")
     assert page.locator("#strip span").count() == 6000 - 4096
     assert page.locator('#strip [data-i="5999"]').count() == 1
+
+
+def test_missing_things_leave_no_code_words_in_the_text(unusual):
+    text = unusual.page.inner_text("body")
+    for word in ("null", "undefined", "NaN", "[object"):
+        assert word not in text
 
 
 def test_free_form_results_of_other_shapes_are_shown(unusual):

@@ -224,6 +224,7 @@ def test_parts_that_contradict_each_other_are_named(look, spoil, names):
 def test_first_number_of_a_sentence_is_set_apart():
     assert emphasised("About 1,204.5 of <b>9</b>") == "About <b>1,204.5</b> of &lt;b&gt;9&lt;/b&gt;"
     assert "<b>61.4 %</b>" in emphasised("61.4 % of all")
+    assert emphasised("Position 0 of layer 3: 7 sinks") == "Position 0 of layer 3: <b>7</b> sinks"
     assert emphasised("none") == "none"
 
 

@@ -197,7 +197,7 @@ def test_the_label_rule_can_be_chosen():
     assert (label_rule(30, "paper").primary_min, label_rule(30, "scaled").primary_min) == (15, 18)
     assert (label_rule(20, "paper").noise_max, label_rule(20, "scaled").noise_max) == (4, 2)
     assert label_rule(24, "scaled").noise_max == 4
-    with pytest.raises(ArgumentError, match="rule: got 'papr'.*Did you mean 'paper'"):
+    with pytest.raises(ArgumentError, match=r"rule: got 'papr'.*Did you mean 'paper'"):
         label_rule(30, "papr")
 
 

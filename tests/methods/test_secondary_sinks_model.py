@@ -211,21 +211,14 @@ def test_sinks_of_an_earlier_range_are_pointed_out_and_can_be_traced(planted: Pl
     ids, truth = text
     direction = planted.direction
 
-    def raise_first(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        output = output.clone()
-        output[:, 0] += 5000 * direction
-        return output
-
-    def lower_first(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        output = output.clone()
-        output[:, 0] -= 200 * direction
-        return output
+    def pushed(amount: float) -> Any:
+        return lambda module, args, output: output + amount * direction * (torch.arange(TOKENS) == 0)[:, None]
 
     layers = planted.model.model.layers
-    hooks = [layers[7].register_forward_hook(lower_first), layers[9].register_forward_hook(raise_first)]
+    hooks = [layers[at].register_forward_hook(pushed(by)) for at, by in ((7, -200.0), (9, 5000.0), (13, -5020.0))]
     try:
         main = analyse(planted.model, ids, key_value=False)
-        assert (main.primary.start, main.primary.end) == (9, 15)
+        assert (main.primary.start, main.primary.end) == (9, 13)
         earlier = [(r.primary.start, r.primary.end) for r in main.other_ranges]
         assert earlier == [(1, 7)]
         assert any("layers 1 to 6" in note and "span=(1, 7)" in note for note in main.notes)
@@ -541,7 +534,7 @@ def test_experts_are_never_taken_for_blocks():
 
 
 def test_a_model_without_blocks_or_mlps_says_what_was_searched():
-    with pytest.raises(HeadwayError, match="searched Sequential for a ModuleList .* found no ModuleList at all"):
+    with pytest.raises(HeadwayError, match=r"searched Sequential for a ModuleList .* found no ModuleList at all"):
         analyse(nn.Sequential(nn.Linear(4, 4)), torch.arange(8)[None])
     block = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 1), "norm": nn.LayerNorm(4)})
     model = nn.ModuleDict({"layers": nn.ModuleList([block, block])})

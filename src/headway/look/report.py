@@ -50,7 +50,8 @@ SCRIPTS = (
 FAMILY_TITLES = {"sinks": "Sinks", "secondary": "Secondary sinks", "patterns": "Patterns", "roles": "Roles"}
 LOG_CODES = 65533
 LOG_FLOOR = 1e-12
-FIRST_NUMBER = re.compile(r"\d+(?:[.,\u202f]\d+)*(?:\s?%)?")
+NUMBER = re.compile(r"\d+(?:[.,\u202f]\d+)*(?:\s?%)?")
+NUMBERED = ("layer ", "layers ", "head ", "position ", "positions ")
 
 
 def render(look: Look) -> str:
@@ -135,9 +136,9 @@ def visible(text: object) -> str:
 
 
 def emphasised(sentence: object) -> Markup:
-    """A sentence, escaped, with its first number set apart."""
+    """A sentence, escaped, with its first number set apart; the number of a layer, head or position is only a name."""
     text = visible(sentence)
-    found = FIRST_NUMBER.search(text)
+    found = next((m for m in NUMBER.finditer(text) if not text[: m.start()].lower().endswith(NUMBERED)), None)
     if not found:
         return escape(text)
     start, end = found.span()

@@ -15,7 +15,7 @@ from rich.text import Text
 from headway.look.report import visible
 from headway.look.result import HeadMetric, Look
 
-TOP = 3
+PLACES = ("First", "Second", "Third")
 CELL = 2
 LABEL_WIDTH = 5
 SHADES = " ░▒▓█"
@@ -46,18 +46,17 @@ def top_heads(look: Look) -> Table:
     """A table with the three strongest heads of each role metric, strongest first; the largest in size where a metric
     is diverging."""
     roles = [metric for metric in look.heads if metric.family == "roles"] or look.heads
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    table.add_column("Measure")
-    table.add_column("Strongest heads (layer.head value)")
-    for _ in range(TOP - 1):
-        table.add_column()
+    table = Table(box=None, padding=(0, 2), header_style="bold", title_justify="left", title_style="")
+    table.title = "  Strongest heads, each as layer.head and value"
+    for heading in ("Measure", *PLACES):
+        table.add_column(heading, no_wrap=heading in PLACES)
     for metric in roles:
         cells = [f"{layer}.{head} {value:.3g}" for layer, head, value in strongest(metric)]
         table.add_row(Text(visible(metric.label)), *(cells or ["not measured"]))
     return table
 
 
-def strongest(metric: HeadMetric, count: int = TOP) -> list[tuple[int, int, float]]:
+def strongest(metric: HeadMetric, count: int = len(PLACES)) -> list[tuple[int, int, float]]:
     """The `count` highest (layer, head, value) of a metric, by size where it is diverging; NaN never counts."""
     values = metric.array()
     size = np.abs(values) if metric.scale == "diverging" else values

@@ -26,13 +26,13 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-// A number for reading: three significant digits, thousands apart, an en dash for "not measured".
-function number(value) {
+// A number for reading: three significant digits, thousands apart, an en dash for "not measured". `whole`: print it as
+// an integer; a column of fractions passes false, so that its ones and zeros look like the rest.
+function number(value, whole = Number.isInteger(value)) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  const whole = Number.isInteger(value) || size >= 1e3;
   if (value !== 0 && (size < 1e-3 || size >= 1e9)) return powerOfTen(value);
-  return (whole ? Math.round(value).toLocaleString("en") : value.toPrecision(3)).replace("-", "−");
+  return (whole || value === 0 || size >= 1e3 ? Math.round(value).toLocaleString("en") : value.toPrecision(3)).replace("-", "−");
 }
 
 function powerOfTen(value) {
@@ -46,10 +46,10 @@ const raised = (power) => String(power).replace(/[-\d]/g, (sign) => "⁰¹²³�
 const decade = (power) => (power > 3 || power < -3 ? `10${raised(power)}` : String(Number((10 ** power).toPrecision(1))));
 
 // Units follow the number, except those that only name what a bare number is.
-const SILENT_UNITS = new Set(["", "share", "cosine", "score", "ratio", "fraction", "mass", "probability", "rate", "correlation"]);
+const SILENT_UNITS = new Set(["", "share", "cosine", "score", "ratio", "fraction", "mass", "probability", "rate", "correlation", "kurtosis"]);
 
-function measure(value, unit) {
-  return !SILENT_UNITS.has(unit ?? "") && unit.length <= 10 && Number.isFinite(value) ? `${number(value)}\u00a0${prose(unit)}` : number(value);
+function measure(value, unit, whole) {
+  return !SILENT_UNITS.has(unit ?? "") && unit.length <= 10 && Number.isFinite(value) ? `${number(value, whole)}\u00a0${prose(unit)}` : number(value, whole);
 }
 
 const INVISIBLE = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
@@ -72,6 +72,9 @@ function shown(text, longest = 40) {
   const letters = Array.from(clear);
   return letters.length > longest ? `${letters.slice(0, longest).join("")}…` : clear;
 }
+
+// A list's entry for a token: its position, then the token, which may be cut.
+const tokenAt = (position) => [`${number(position)} `, tokenChip(position)];
 
 const tokenChip = (position) => el("code", { class: "token", dir: "auto" }, shown(DATA.tokens[position] ?? "?"));
 
@@ -123,9 +126,10 @@ const wordsOf = (layer, head) => DATA.labels.map((item) => item.values[layer]?.[
 // A table; a column of numbers stands to the right.
 function table(headings, rows, caption) {
   const isNumber = headings.map((_, column) => rows.length > 0 && rows.every((cells) => typeof cells[column] === "number"));
+  const isWhole = headings.map((_, column) => rows.every((cells) => Number.isInteger(cells[column])));
   return el("div", { class: "scroll" }, el("table", {},
     caption ? el("caption", {}, caption) : null,
     el("thead", {}, el("tr", {}, ...headings.map((heading, i) => el("th", { scope: "col", class: isNumber[i] ? "number" : null }, heading)))),
     el("tbody", {}, ...rows.map((cells) => el("tr", {}, ...cells.map((cell, i) =>
-      el("td", { class: isNumber[i] ? "number" : null }, typeof cell === "number" ? number(cell) : cell)))))));
+      el("td", { class: isNumber[i] ? "number" : null }, typeof cell === "number" ? number(cell, isNumber[i] ? isWhole[i] : undefined) : cell)))))));
 }

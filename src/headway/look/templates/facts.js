@@ -66,11 +66,23 @@ function facts(record, skip = []) {
   return el("div", { class: "free" }, list, ...blocks);
 }
 
+// Records that carry a layer and else only numbers, as curves by layer with the table folded away; null when they do not.
+function layerCurves(records) {
+  const columns = Object.keys(records[0]).filter((column) => column !== "layer");
+  const isPlain = (row) => Number.isInteger(row.layer) && columns.every((column) => row[column] === null || typeof row[column] === "number");
+  if (records.length < 3 || !columns.length || !records.every(isPlain)) return null;
+  const members = columns.map((column) => ({ label: title(column), layers: records.map((row) => row.layer), values: records.map((row) => row[column]) }));
+  const node = el("div", { role: "img", "aria-label": `By layer: ${columns.map(title).join(", ")}; the table below holds the numbers` });
+  plot(node, () => linePlot(members, spansDecades(members)));
+  return el("div", {}, node, el("details", {}, el("summary", {}, "As a table"), recordTable(records)));
+}
+
 const block = (key, body) => el("div", { class: "block" }, el("h3", {}, title(key)), body);
 
 // What a section did not draw itself, folded away.
 function leftovers(body, record, drawn) {
-  if (Object.keys(record).some((key) => !drawn.includes(key))) {
+  const isEmpty = (value) => value === null || (typeof value === "object" && !Object.keys(value).length);
+  if (Object.entries(record).some(([key, value]) => !drawn.includes(key) && !isEmpty(value))) {
     body.append(el("details", { ontoggle: () => dispatchEvent(new Event("resize")) }, el("summary", {}, "More numbers"), facts(record, drawn)));
   }
 }

@@ -35,7 +35,10 @@ function cellColour(grid, value) {
 
 for (const grid of GRIDS) {
   if (grid.kind === "word") grid.words = wordList(grid);
-  else grid.range = extent(grid);
+  else {
+    grid.range = extent(grid);
+    grid.whole = finite(grid).every(Number.isInteger);
+  }
 }
 
 function thumbnail(grid) {
@@ -71,7 +74,7 @@ function gallery(onChange) {
 
 function intervalText(grid, layer, head) {
   const [low, high] = [grid.low?.[layer]?.[head], grid.high?.[layer]?.[head]];
-  return Number.isFinite(low) && Number.isFinite(high) ? `${number(low)} to ${number(high)}` : null;
+  return Number.isFinite(low) && Number.isFinite(high) ? `${number(low, grid.whole)} to ${number(high, grid.whole)}` : null;
 }
 
 section("heads", (body) => {
@@ -104,7 +107,7 @@ section("heads", (body) => {
     const interval = intervalText(current, layer, head);
     return [
       headName(layer, head),
-      Number.isFinite(value) ? `${prose(current.label)}: ${measure(value, current.unit)}` : "not measured here",
+      Number.isFinite(value) ? `${prose(current.label)}: ${measure(value, current.unit, current.whole)}` : "not measured here",
       interval ? `95 % interval ${interval}` : null,
       words.length ? `pattern: ${words.join(", ")}` : null,
     ].filter(Boolean);
@@ -186,7 +189,7 @@ section("heads", (body) => {
     return [
       el("h3", {}, current.scale === "diverging" ? "Largest in size" : "Highest heads"),
       el("ol", { class: "bars" }, ...best.map(({ layer, head, value }) => el("li", {},
-        headLink(layer, head), bar(size(value) / most), el("span", { class: "number" }, measure(value, current.unit)),
+        headLink(layer, head), bar(size(value) / most), el("span", { class: "number" }, measure(value, current.unit, current.whole)),
         el("span", { class: "word" }, wordsOf(layer, head).map(prose).join(", "))))),
     ];
   }
@@ -248,7 +251,7 @@ function headCard() {
     const interval = intervalText(grid, layer, head);
     return el("tr", {},
       el("th", { scope: "row" }, prose(grid.label)),
-      el("td", { class: "number", title: interval ? `95 % interval ${interval}` : null }, measure(value, grid.unit)),
+      el("td", { class: "number", title: interval ? `95 % interval ${interval}` : null }, measure(value, grid.unit, grid.whole)),
       el("td", {}, Number.isFinite(value) ? el("span", { class: "rank", title: `higher than ${below} of ${all.length} heads` },
         el("i", { style: `left:${(100 * below) / Math.max(1, all.length - 1)}%` })) : ""));
   }

@@ -76,9 +76,9 @@ section("inspector", (body) => {
 
   function tipLines(cell) {
     if (single(cell)) {
-      return [`weight ${number(cell.weight)}`, el("span", {}, `query ${number(cell.queries[0])} `, tokenChip(cell.queries[0])), el("span", {}, `key ${number(cell.keys[0])} `, tokenChip(cell.keys[0]))];
+      return [`weight ${number(cell.weight, false)}`, el("span", {}, `query ${number(cell.queries[0])} `, tokenChip(cell.queries[0])), el("span", {}, `key ${number(cell.keys[0])} `, tokenChip(cell.keys[0]))];
     }
-    return [`strongest weight ${number(cell.weight)}`, el("span", {}, `queries ${span(cell.queries)}, from `, tokenChip(cell.queries[0])), el("span", {}, `keys ${span(cell.keys)}, from `, tokenChip(cell.keys[0]))];
+    return [`strongest weight ${number(cell.weight, false)}`, el("span", {}, `queries ${span(cell.queries)}, from `, tokenChip(cell.queries[0])), el("span", {}, `keys ${span(cell.keys)}, from `, tokenChip(cell.keys[0]))];
   }
 
   function around([first, last]) {
@@ -91,7 +91,7 @@ section("inspector", (body) => {
     context.replaceChildren(
       el("div", {}, el("b", {}, `Query ${span(cell.queries)}`), around(cell.queries)),
       el("div", {}, el("b", {}, `Key ${span(cell.keys)}`), around(cell.keys)),
-      el("div", {}, el("b", {}, single(cell) ? "Weight" : "Strongest weight"), el("span", {}, number(cell.weight))));
+      el("div", {}, el("b", {}, single(cell) ? "Weight" : "Strongest weight"), el("span", {}, number(cell.weight, false))));
   }
 
   let squares = [];
@@ -163,8 +163,8 @@ section("inspector", (body) => {
 
   function listPairs() {
     const rows = map.pairs.map(([query, keyPosition, value]) => [
-      el("button", { type: "button", class: "link", onclick: () => showPair(query, keyPosition, value) }, tokenChip(query), ` ${number(query)}`),
-      el("span", {}, tokenChip(keyPosition), ` ${number(keyPosition)}`), query - keyPosition, value,
+      el("button", { type: "button", class: "link", onclick: () => showPair(query, keyPosition, value) }, ...tokenAt(query)),
+      el("span", {}, ...tokenAt(keyPosition)), query - keyPosition, value,
     ]);
     pairs.replaceChildren(el("h3", {}, "Strongest pairs"), rows.length
       ? table(["query", "key", "distance", "weight"], rows)
@@ -175,8 +175,8 @@ section("inspector", (body) => {
   function listKeys() {
     const most = Math.max(...map.keys.map(([, value]) => value), 0) || 1;
     keys.replaceChildren(el("h3", {}, "Strongest keys"), el("p", { class: "about" }, "Mass received per query that can see the key."), map.keys.length
-      ? el("ol", { class: "bars" }, ...map.keys.map(([position, value]) => el("li", {}, el("span", {}, tokenChip(position), ` ${number(position)}`),
-        el("span", { class: "bar", "aria-hidden": "true" }, el("span", { style: `width:${(100 * value) / most}%` })), el("span", { class: "number" }, number(value)), el("span", { class: "word" }))))
+      ? el("ol", { class: "bars" }, ...map.keys.map(([position, value]) => el("li", {}, el("span", {}, ...tokenAt(position)),
+        el("span", { class: "bar", "aria-hidden": "true" }, el("span", { style: `width:${(100 * value) / most}%` })), el("span", { class: "number" }, number(value, false)), el("span", { class: "word" }))))
       : el("p", { class: "quiet" }, "None were kept."));
   }
 

@@ -9,7 +9,10 @@ section("patterns", (body) => {
   if (isRecord(patterns.channels) && Array.isArray(patterns.channels.energy) && patterns.channels.energy.length) cards.push(channelEnergy(patterns.channels));
   body.append(el("div", { class: cards.length > 1 ? "columns uneven" : "" }, ...cards));
   if (Array.isArray(patterns.bounds) && patterns.bounds.some(isRecord)) {
-    body.append(el("div", { class: "card wide" }, el("h3", {}, "Bounds"), recordTable(patterns.bounds.filter(isRecord))));
+    const rows = patterns.bounds.filter(isRecord);
+    body.append(el("div", { class: "card wide" }, el("h3", {}, "Bounds"),
+      el("p", { class: "about" }, "How far attention scores changed in one step, and how far the similarity of queries and keys lets them."),
+      layerCurves(rows) ?? recordTable(rows)));
   }
   leftovers(body, patterns, drawn);
 });

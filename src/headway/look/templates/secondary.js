@@ -1,6 +1,7 @@
 // Secondary sinks: what the analysis found, each part only when it is there.
 
 const SHOWN_LIFETIMES = 40;
+const PRIMARY_WORDS = { jump: "jump of its norm", typical: "norm of other tokens there" };
 
 section("secondary", (body) => {
   const found = DATA.secondary;
@@ -13,8 +14,9 @@ section("secondary", (body) => {
   if (isRecord(found.primary)) {
     const { position, start, end, ...rest } = found.primary;
     const where = Number.isInteger(position) ? [tokenChip(position), ` at position ${number(position)}`] : [];
-    const range = Number.isFinite(start) && Number.isFinite(end) ? `, from layer ${start} up to, not including, layer ${end}` : "";
-    add("Primary sink", null, el("p", {}, ...where, range, "."), facts(rest));
+    const range = Number.isFinite(start) && Number.isFinite(end) ? `, in layers ${start} to ${end - 1}` : "";
+    const renamed = Object.fromEntries(Object.entries(rest).map(([key, value]) => [PRIMARY_WORDS[key] ?? key, value]));
+    add("Primary sink", null, el("p", {}, ...where, range, "."), facts(renamed));
   }
   const tokens = Array.isArray(found.tokens) ? found.tokens.filter(isRecord) : [];
   if (tokens.length) lifetimes(tokens, add);

@@ -17,7 +17,8 @@ section("tokens", (body) => {
   const mean = columnMeans(mass, layers, count);
   const scale = logScale(mass);
   const secondary = new Map((DATA.secondary.tokens ?? []).filter(isRecord).map((item) => [item.position, item]));
-  const named = new Set(Array.isArray(DATA.sinks.positions) ? DATA.sinks.positions : []);
+  const primary = DATA.secondary.primary?.position;
+  const named = new Set(Array.isArray(DATA.sinks.positions) ? DATA.sinks.positions : Number.isInteger(primary) ? [primary] : []);
   const threshold = Number.isFinite(DATA.sinks.epsilon) ? DATA.sinks.epsilon : SINK_SHARE;
   let layer = -1;
   let page = 0;
@@ -27,7 +28,7 @@ section("tokens", (body) => {
   let bins = null;
 
   const at = (position) => (layer < 0 ? mean[position] : mass[layer * count + position]);
-  const isSink = (position) => (named.size ? named.has(position) : at(position) > threshold);
+  const isSink = (position) => named.has(position) || at(position) > threshold;
 
   const select = el("select", { id: "strip-layer", onchange: () => { layer = Number(select.value); colour(); } },
     el("option", { value: -1 }, "mean over layers"), ...Array.from({ length: layers }, (_, i) => el("option", { value: i }, `layer ${i}`)));
@@ -109,8 +110,7 @@ section("tokens", (body) => {
     const pieces = [];
     for (let i = page * PAGE; i < Math.min(count, (page + 1) * PAGE); i++) {
       const token = DATA.tokens[i];
-      pieces.push(el("span", { "data-i": i, dir: "auto" }, visible(token)));
-      if (/[\n\r\u2028\u2029]/.test(token)) pieces.push(el("br"));
+      pieces.push(el("span", { "data-i": i, dir: "auto" }, ...lines(token)));
     }
     strip.replaceChildren(...pieces);
     strip.scrollTop = 0;
@@ -133,16 +133,16 @@ section("tokens", (body) => {
   }
 
   function paintKey() {
-    key.replaceChildren(el("span", {}, number(scale.low)), el("i", { class: "ramp", style: `background:${gradient(ramps().sequential)}` }), el("span", {}, `${number(scale.high)} (log)`),
-      el("span", { class: "mark" }, el("span", { class: "sink" }, "sink"), named.size ? "" : ` receives over ${threshold}`),
-      secondary.size ? el("span", { class: "mark" }, el("span", { class: "secondary" }, "secondary sink")) : null);
+    key.replaceChildren(...[el("span", {}, number(scale.low)), el("i", { class: "ramp", style: `background:${gradient(ramps().sequential)}` }), el("span", {}, `${number(scale.high)} (log)`),
+      el("span", { class: "mark" }, el("span", { class: "sink" }, "sink"), named.size ? `, or over ${threshold}` : ` over ${threshold}`),
+      secondary.size ? el("span", { class: "mark" }, el("span", { class: "secondary" }, "secondary sink")) : ""]);
   }
 
   function describe(position) {
     const item = secondary.get(position);
     return [
       el("span", {}, `Position ${number(position)} `, tokenChip(position)),
-      `receives ${number(at(position))} (${layer < 0 ? "mean over layers" : `layer ${layer}`})`,
+      `receives ${number(at(position), false)} (${layer < 0 ? "mean over layers" : `layer ${layer}`})`,
       isSink(position) ? "sink" : null,
       item ? `${prose(item.label ?? "secondary sink")} from layer ${number(item.start)} for ${number(item.lifetime)} layers` : null,
     ].filter(Boolean);
@@ -176,9 +176,9 @@ section("tokens", (body) => {
     const most = at(best[0]) || 1;
     strongest.replaceChildren(el("h3", {}, `Tokens that receive most, ${layer < 0 ? "mean over layers" : `layer ${layer}`}`),
       el("ol", { class: "bars two" }, ...best.map((position) => el("li", {},
-        el("button", { type: "button", class: "link", onclick: () => go(position) }, tokenChip(position), ` ${number(position)}`),
+        el("button", { type: "button", class: "link", onclick: () => go(position) }, ...tokenAt(position)),
         el("span", { class: "bar", "aria-hidden": "true" }, el("span", { style: `width:${(100 * at(position)) / most}%` })),
-        el("span", { class: "number" }, number(at(position))), el("span", { class: "word" }, isSink(position) ? "sink" : secondary.has(position) ? "secondary" : "")))));
+        el("span", { class: "number" }, number(at(position), false)), el("span", { class: "word" }, isSink(position) ? "sink" : secondary.has(position) ? "secondary" : "")))));
   }
 
   strip.addEventListener("mousemove", (event) => {
@@ -199,6 +199,13 @@ section("tokens", (body) => {
   painters.push(colour);
   write();
 });
+
+// The visible parts of a token, with one line break after its last break, so that indentation starts the next line.
+function lines(token) {
+  const end = Math.max(...["\n", "\r", "\u2028", "\u2029"].map((mark) => token.lastIndexOf(mark))) + 1;
+  if (!end) return [visible(token)];
+  return [visible(token.slice(0, end)), el("br"), ...(end < token.length ? [visible(token.slice(end))] : [])];
+}
 
 function columnMeans(values, rows, columns) {
   return Float64Array.from({ length: columns }, (_, column) => {
