@@ -65,7 +65,7 @@ def hover(page, x: float, y: float) -> str:
     for step in range(20):
         page.mouse.move(x + step % 2, y)
         page.wait_for_timeout(100)
-        if page.is_visible(TIP):
+        if step and page.is_visible(TIP):
             break
     return tip(page)
 
@@ -73,6 +73,13 @@ def hover(page, x: float, y: float) -> str:
 def hover_head(page, layer: int, head: int, **size: int) -> str:
     """The tip of a cell of the large grid."""
     return hover(page, *cell(page, layer, head, **size))
+
+
+def click_head(page, layer: int, head: int) -> None:
+    """Clicks a cell of the large grid once its tip is there: Plotly clicks on what it hovers."""
+    x, y = cell(page, layer, head)
+    assert f"Layer {layer}, head {head}" in hover(page, x, y)
+    page.mouse.click(x, y)
 
 
 def until(page, condition: str) -> None:
@@ -159,7 +166,7 @@ def test_word_grid_shows_words_and_marks_one_of_them(page, look):
 
 
 def test_clicking_a_head_shows_all_its_measures(page, look):
-    page.mouse.click(*cell(page, 7, 4))
+    click_head(page, 7, 4)
     assert page.input_value("#pick-layer") == "7"
     assert page.input_value("#pick-head") == "4"
     rows = page.locator("#head-card .ranks tbody tr")
@@ -172,7 +179,7 @@ def test_clicking_a_head_shows_all_its_measures(page, look):
 
 def test_clicking_a_head_with_a_map_opens_it_in_the_inspector(page, look):
     for item in look.maps[::-1]:
-        page.mouse.click(*cell(page, item.layer, item.head))
+        click_head(page, item.layer, item.head)
         assert page.input_value("#map-pick") == str(look.maps.index(item))
 
 
@@ -217,11 +224,8 @@ def test_sinks_are_marked_and_line_breaks_kept(page, look):
 
 def test_indentation_after_a_break_starts_the_next_line(unusual):
     token = unusual.page.locator('#strip [data-i="3"]')
-    assert token.evaluate("(span) => [...span.childNodes].map((n) => n.textContent || n.nodeName)") == [
-        "↵",
-        "BR",
-        "    ",
-    ]
+    parts = token.evaluate("(span) => [...span.childNodes].map((part) => part.textContent || part.nodeName)")
+    assert parts == ["↵", "BR", "    "]
 
 
 def ramp_position(page, look: Look, layer: int, position: int) -> float:

@@ -85,7 +85,7 @@ def test_header_says_what_was_read_when_and_with_what(look, page):
     text = Page(page).text
     for part in (look.model["name"], "6 layers × 4 heads", "134.5 million", "torch 2.13.0"):
         assert part in text
-    assert f"text: {look.run['text']} · {look.run['when']}" in text
+    assert f"text: {look.run['text']} · {look.run['date']}" in text
 
 
 def test_payload_holds_every_head_value_to_four_digits(look, page):
@@ -224,7 +224,8 @@ def test_parts_that_contradict_each_other_are_named(look, spoil, names):
 def test_first_number_of_a_sentence_is_set_apart():
     assert emphasised("About 1,204.5 of <b>9</b>") == "About <b>1,204.5</b> of &lt;b&gt;9&lt;/b&gt;"
     assert "<b>61.4 %</b>" in emphasised("61.4 % of all")
-    assert emphasised("Position 0 of layer 3: 7 sinks") == "Position 0 of layer 3: <b>7</b> sinks"
+    assert emphasised("Position 0 of layers 3 to 9: 7 sinks") == "Position 0 of layers 3 to 9: <b>7</b> sinks"
+    assert "<b>" not in emphasised("A long way into the sentence, where no reader looks for a headline, 7 stands")
     assert emphasised("none") == "none"
 
 

@@ -337,18 +337,22 @@ class _Recent(_Reducer):
 
 
 class _SpanMass(_Reducer):
+    def start(self) -> None:
+        self.member = _membership(self.spans, self.keys, self.device)
+
     def row_statistic(self, block: Block) -> Tensor:
-        return block.weights @ _membership(self.spans, block.weights.shape[-1], self.device)
+        return block.weights @ self.member[: block.weights.shape[-1]]
 
 
 class _BlockMean(_Reducer):
     def start(self) -> None:
         count = len(self.spans)
         self.sum, self.pairs = self.zeros(count, count), self.zeros(count, count)
+        self.member = _membership(self.spans, self.keys, self.device)
 
     def update(self, block: Block) -> None:
-        columns = _membership(self.spans, block.weights.shape[-1], self.device)
-        inside = _membership(self.spans, self.keys, self.device)[block.positions.clamp(min=0)]
+        columns = self.member[: block.weights.shape[-1]]
+        inside = self.member[block.positions.clamp(min=0)]
         self.sum += inside.T @ block.counted(block.weights @ columns)
         self.pairs += inside.T @ block.counted(block.visible().float() @ columns)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SIGNIFICANT_DIGITS = 4
 TEXT_SHOWN = 160
+VERSIONS = ("headway", "torch", "transformers")
 SCRIPTS = (
     "base.js",
     "colour.js",
@@ -51,7 +52,8 @@ FAMILY_TITLES = {"sinks": "Sinks", "secondary": "Secondary sinks", "patterns": "
 LOG_CODES = 65533
 LOG_FLOOR = 1e-12
 NUMBER = re.compile(r"\d+(?:[.,\u202f]\d+)*(?:\s?%)?")
-NUMBERED = ("layer ", "layers ", "head ", "position ", "positions ")
+NAMED_PLACE = re.compile(r"\b(?:layer|head|position)s? \d[\d,]*(?:(?:,| to| and) \d[\d,]*)*", re.IGNORECASE)
+HEADLINE = 60
 
 
 def render(look: Look) -> str:
@@ -70,7 +72,6 @@ def render(look: Look) -> str:
         provenance=_provenance(look.run),
         facts=[("Model", list(_flat(look.model))), ("Run", list(_flat(look.run)))],
         sections=_sections(look),
-        families=[{"name": name, "title": FAMILY_TITLES[name]} for name in FAMILIES],
         policy=_policy(scripts, plotly),
         style=Markup(_source("report.css")),
         scripts=Markup(scripts),
@@ -136,13 +137,14 @@ def visible(text: object) -> str:
 
 
 def emphasised(sentence: object) -> Markup:
-    """A sentence, escaped, with its first number set apart; the number of a layer, head or position is only a name."""
+    """A sentence, escaped, with its first number set apart when it starts within the first 60 characters. The number of
+    a layer, head or position is a name and does not count."""
     text = visible(sentence)
-    found = next((m for m in NUMBER.finditer(text) if not text[: m.start()].lower().endswith(NUMBERED)), None)
-    if not found:
+    found = NUMBER.search(NAMED_PLACE.sub(lambda place: "x" * len(place.group()), text))
+    if not found or found.start() > HEADLINE:
         return escape(text)
     start, end = found.span()
-    return escape(text[:start]) + Markup("<b>") + escape(found.group()) + Markup("</b>") + escape(text[end:])
+    return escape(text[:start]) + Markup("<b>") + escape(text[start:end]) + Markup("</b>") + escape(text[end:])
 
 
 def _environment() -> Environment:
@@ -294,11 +296,10 @@ def _subtitle(look: Look) -> str:
 
 def _provenance(run: dict[str, Any]) -> str:
     """What was read, when and with which versions, as far as the run says so."""
-    versions = run.get("versions") or {}
     parts = [
         _cut(f"text: {run['text']}") if run.get("text") else "",
-        str(run.get("when") or ""),
-        ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else "",
+        str(run.get("date") or ""),
+        ", ".join(f"{name} {run[name]}" for name in VERSIONS if run.get(name)),
     ]
     return " · ".join(part for part in parts if part)
 

@@ -332,8 +332,6 @@ class RoleObserver(Observer):
         device = call.query.device
         parts: list[dict[str, Tensor]] = []
         uniform_parts: list[dict[str, Tensor]] = []
-        sentences = [span for span in self.sentences if span[0] >= self.sinks]
-        blocks = _BlockMeans(sentences, call) if len(sentences) >= 2 * self.proximity else None
         first = _first_tokens(call)
         padded = call.padded_rows()
         step = self.block or max(BLOCK_ELEMENTS // max(call.query.shape[0] * call.heads * call.keys, 1), 16)
@@ -354,26 +352,42 @@ class RoleObserver(Observer):
             parts.append(self._statistics(call, found, rows, visible, first, dropped))
             even = {"weights": uniform, "entropy": row_entropy(uniform), "distance": mean_distance(uniform, rows)}
             uniform_parts.append(self._statistics(call, even, rows, visible, first, dropped))
-            if blocks is not None:
-                shares = sample.weight[begin : begin + step].to(device)
-                blocks.add(found["weights"], uniform, visible, rows, shares, dropped)
         scores = {name: _over_rows([p[name] for p in parts], sample) for name in ROW_STATISTICS}
         even_scores = {
             name: float(_over_rows([p[name] for p in uniform_parts], sample).mean.nanmean()) for name in ROW_STATISTICS
         }
-        if blocks is None:
+        sentences = [span for span in self.sentences if span[0] >= self.sinks]
+        if len(sentences) < 2 * self.proximity:
             return SiteRoles(site=call.site, scores=scores, uniform=even_scores, exact=sample.exact)
-        means, even_means = blocks.means()
+        means = _block_means(call, call.query, sentences, sample, padded)
+        even_means = self._uniform_block_means(call, sentences, sample, padded)
         receiver = torch.from_numpy(receiver_score(means.numpy(), proximity=self.proximity))
-        even_scores["receiver"] = float(receiver_score(even_means.numpy(), proximity=self.proximity))
+        even_scores["receiver"] = float(receiver_score(even_means.numpy(), proximity=self.proximity)[0])
         return SiteRoles(
             site=call.site,
             scores=scores,
             uniform=even_scores,
             exact=sample.exact,
-            block_means=means.float(),
+            block_means=means,
             receiver=receiver,
         )
+
+    def _uniform_block_means(
+        self, call: AttentionCall, sentences: Sequence[tuple[int, int]], sample: RowSample, padded: Tensor | None
+    ) -> Float[Tensor, "1 sentences sentences"]:
+        """What uniform attention over the visible keys gives: queries of zero. Sites with the same mask share it."""
+        token = ("uniform block means", id(self), id(call.mask), call.causal, call.queries, call.keys)
+        scratch = call.forward.scratch
+        if token not in scratch:
+            plain = call.replace(
+                key=call.key[:, :1],
+                mask=None if call.mask is None else call.mask[:, :1],
+                bias=None,
+                softcap=None,
+                sinks=None,
+            )
+            scratch[token] = _block_means(plain, torch.zeros_like(call.query[:, :1]), sentences, sample, padded)
+        return scratch[token]
 
     def _statistics(
         self,
@@ -410,37 +424,25 @@ class RoleObserver(Observer):
         }
 
 
-class _BlockMeans:
-    """Sums of weight and counts of visible pairs between sentences, of a site's heads and of uniform attention."""
-
-    def __init__(self, sentences: Sequence[tuple[int, int]], call: AttentionCall) -> None:
-        position = torch.arange(call.keys, device=call.query.device)[:, None]
-        bounds = torch.tensor(list(sentences), device=call.query.device)
-        self.member = ((position >= bounds[:, 0]) & (position < bounds[:, 1])).float()
-        count = len(sentences)
-        self.mass = torch.zeros(call.heads, count, count, dtype=torch.float64, device=call.query.device)
-        self.even = torch.zeros(count, count, dtype=torch.float64, device=call.query.device)
-        self.pairs = torch.zeros_like(self.mass)
-
-    def add(
-        self, weights: Tensor, uniform: Tensor, visible: Tensor, rows: Tensor, shares: Tensor, dropped: Tensor | None
-    ) -> None:
-        batch, heads = weights.shape[:2]
-        shares = shares.expand(batch, -1) if dropped is None else shares * ~dropped
-        inside = self.member[rows].T.double()
-
-        def between(x: Tensor) -> Tensor:
-            reached = (x.nan_to_num() @ self.member).double() * shares[:, None, :, None]
-            return inside @ reached
-
-        self.mass += between(weights).sum(0)
-        pairs = between(visible.float()).expand(batch, heads, -1, -1)
-        self.pairs += pairs.sum(0)
-        self.even += between(uniform).expand(batch, heads, -1, -1).sum(0).mean(0)
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        pairs = self.pairs.masked_fill(self.pairs == 0, torch.nan)
-        return (self.mass / pairs).cpu(), (self.even / pairs.mean(0)).cpu()
+def _block_means(
+    call: AttentionCall,
+    query: Tensor,
+    sentences: Sequence[tuple[int, int]],
+    sample: RowSample,
+    padded: Bool[Tensor, "batch queries"] | None,
+) -> Float[Tensor, "heads sentences sentences"]:
+    """Mean weight between sentences over the pairs that are visible, averaged over the batch, on the CPU."""
+    found = reduce_attention(
+        query,
+        call.key,
+        ("block_mean",),
+        spans=sentences,
+        rows=None if sample.exact else sample,
+        row_valid=None if padded is None else ~padded,
+        sinks=call.sinks,
+        **call.arguments(),
+    )
+    return found["block_mean"].nanmean(0).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,8 +95,7 @@ section("heads", (body) => {
     el("div", { class: "columns" }, el("div", { class: "card" }, top, spread), el("div", { class: "card" }, card)));
 
   const redraw = plot(chart, build, (node) => {
-    node.on("plotly_hover", ({ points: [point], event }) => showTip(event, tipLines(point.x, point.y)));
-    node.on("plotly_unhover", hideTip);
+    tipFor(node, (point) => tipLines(point.x, point.y));
     node.on("plotly_click", ({ points: [point] }) => choose(point.x, point.y));
   });
 

@@ -46,9 +46,8 @@ function channelEnergy({ layers, periods, energy }) {
       yaxis: { title: { text: "layer" }, showgrid: false, zeroline: false, autorange: "reversed", tickvals: rows.map((_, i) => i).filter((i) => i % tickStep(rows.length, 8) === 0), ticktext: rows.filter((_, i) => i % tickStep(rows.length, 8) === 0).map(String) },
     },
   }), (element) => {
-    element.on("plotly_hover", ({ points: [point], event }) => showTip(event, [
-      `Layer ${rows[point.y]}, pair ${point.x}`, period(point.x) ? `period ${period(point.x)} tokens` : "RoPE pair", `share of energy ${number(point.z)}`]));
-    element.on("plotly_unhover", hideTip);
+    tipFor(element, (point) => [
+      `Layer ${rows[point.y]}, pair ${point.x}`, period(point.x) ? `period ${period(point.x)} tokens` : "RoPE pair", `share of energy ${number(point.z, false)}`]);
   });
   return el("div", { class: "card" }, el("h3", {}, "RoPE channels"), el("p", { class: "about" }, "Which rotary pairs carry the product of query and key norms. Short periods turn with every token, long ones hardly at all."), node);
 }

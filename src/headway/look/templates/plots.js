@@ -73,6 +73,15 @@ function colourBar(title, extra = {}) {
   return { thickness: 10, outlinewidth: 0, ticklen: 3, tickcolor: css("--line"), tickfont: { color: css("--muted"), size: 11 }, nticks: 6, ...side, ...extra };
 }
 
+// The page's own tip for a plot, in place of Plotly's: `describe(point)` gives its lines. It follows the mouse, and comes
+// back when the page was scrolled under it.
+function tipFor(node, describe) {
+  let point = null;
+  node.on("plotly_hover", ({ points, event }) => { point = points[0]; showTip(event, describe(point)); });
+  node.on("plotly_unhover", () => { point = null; hideTip(); });
+  node.addEventListener("mousemove", (event) => { if (point) showTip(event, describe(point)); });
+}
+
 // A legend in one row above the plot.
 const legendAbove = () => ({ orientation: "h", x: 0, y: 1, yref: "container", yanchor: "top", font: { color: css("--ink") } });
 

@@ -59,11 +59,10 @@ function lifetimes(tokens, add) {
       },
     },
   }), (element) => {
-    element.on("plotly_hover", ({ points: [point], event }) => {
+    tipFor(element, (point) => {
       const item = some[point.customdata];
-      showTip(event, [el("span", {}, tokenChip(item.position), ` at ${number(item.position)}`), `${prose(item.label ?? "sink")}: layers ${item.start} to ${item.start + item.lifetime - 1}`]);
+      return [el("span", {}, ...tokenAt(item.position)), `${prose(item.label ?? "sink")}: layers ${item.start} to ${item.start + item.lifetime - 1}`];
     });
-    element.on("plotly_unhover", hideTip);
   });
   const rows = ordered.slice(0, LONGEST_TABLE).map((item) => [
     item.position, el("code", { class: "token", dir: "auto" }, shown(String(item.token ?? DATA.tokens[item.position] ?? ""))), item.start, item.lifetime, prose(item.label ?? ""),

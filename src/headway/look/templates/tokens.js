@@ -47,13 +47,12 @@ section("tokens", (body) => {
 
   plot(overview, overviewPlot, (node) => {
     const binOf = (point) => point.pointNumber[1];
-    node.on("plotly_hover", ({ points: [point], event }) => {
+    tipFor(node, (point) => {
       const best = binned().where[point.y][binOf(point)];
       const [first, last] = binRange(binOf(point));
-      showTip(event, [`Layer ${point.y}, ${first === last ? `position ${first}` : `positions ${first} to ${last}`}`,
-        el("span", {}, "strongest: ", tokenChip(best), ` at ${number(best)}`), `receives ${number(mass[point.y * count + best])}`]);
+      return [`Layer ${point.y}, ${first === last ? `position ${first}` : `positions ${first} to ${last}`}`,
+        el("span", {}, "strongest: ", tokenChip(best), ` at ${number(best)}`), `receives ${number(mass[point.y * count + best], false)}`];
     });
-    node.on("plotly_unhover", hideTip);
     node.on("plotly_click", ({ points: [point] }) => {
       layer = point.y;
       select.value = layer;
