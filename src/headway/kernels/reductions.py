@@ -72,6 +72,11 @@ class Block:
     empty: Bool[Tensor, "batch heads rows"] | None
     row_weight: Float[Tensor, "#batch rows"] | None
     causal: bool
+    whole: bool
+
+    def mass(self) -> Float[Tensor, "batch heads rows"] | float:
+        """Row sums: one, unless there are learned sinks or rows that see nothing."""
+        return 1.0 if self.whole else self.weights.sum(-1)
 
     def columns(self) -> Int[Tensor, " keys"]:
         return torch.arange(self.weights.shape[-1], device=self.weights.device)
@@ -235,9 +240,11 @@ def _weights(
         full = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
         weights = weights * torch.exp(lse - full)[..., None]
         lse = full
+    whole = sinks is None
     if empty is not None and bool(empty.any()):
         weights = weights.masked_fill(empty[..., None], 0.0)
-    return Block(rows, positions, logits, weights, lse, seen, empty, row_weight, common["causal"])
+        whole = False
+    return Block(rows, positions, logits, weights, lse, seen, empty, row_weight, common["causal"], whole)
 
 
 def _buffer(scratch: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -297,7 +304,7 @@ class _Visible(_Received):
 
 class _Entropy(_Reducer):
     def row_statistic(self, block: Block) -> Tensor:
-        return block.weights.sum(-1) * block.lse - torch.linalg.vecdot(block.weights, block.logits)
+        return block.mass() * block.lse - torch.linalg.vecdot(block.weights, block.logits)
 
 
 class _Distance(_Reducer):
@@ -307,7 +314,7 @@ class _Distance(_Reducer):
             gap = (block.positions[:, None] - columns).abs().to(block.weights.dtype)
             return torch.linalg.vecdot(block.weights, gap[None, None])
         back = (block.positions[0] - columns).to(block.weights.dtype)
-        return block.weights @ back + block.weights.sum(-1) * (block.positions - block.positions[0])
+        return block.weights @ back + block.mass() * (block.positions - block.positions[0])
 
 
 class _ArgMax(_Reducer):
