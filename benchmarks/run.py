@@ -1,6 +1,6 @@
 """`make bench`: every speed statement of the project, both sides printed, written to benchmarks/results.
 
-    make bench ARGS="capture_4096 import_headway"      # some of them
+make bench ARGS="capture_4096 import_headway"      # some of them
 """
 
 from __future__ import annotations
@@ -51,7 +51,15 @@ def capture_4096() -> None:
     model, ids = host(4096)
     settings = {"model": "smollm2", "tokens": 4096, "what": CAPTURED, "dtype": "float32"}
     labels = ("capture", "plain SDPA forward")
-    compare("capture_4096", captured(model, ids), plain(model, ids), labels=labels, repeats=3, memory=True, settings=settings)
+    compare(
+        "capture_4096",
+        captured(model, ids),
+        plain(model, ids),
+        labels=labels,
+        repeats=3,
+        memory=True,
+        settings=settings,
+    )
 
 
 def capture_2048() -> None:
@@ -59,7 +67,15 @@ def capture_2048() -> None:
     model, ids = host(2048)
     settings = {"model": "smollm2", "tokens": 2048, "what": CAPTURED, "dtype": "float32"}
     labels = ("capture", "plain SDPA forward")
-    compare("capture_2048", captured(model, ids), plain(model, ids), labels=labels, repeats=3, memory=True, settings=settings)
+    compare(
+        "capture_2048",
+        captured(model, ids),
+        plain(model, ids),
+        labels=labels,
+        repeats=3,
+        memory=True,
+        settings=settings,
+    )
 
 
 def output_attentions_2048() -> None:
@@ -73,7 +89,9 @@ def output_attentions_2048() -> None:
 
     settings = {"model": "smollm2", "tokens": 2048, "dtype": "float32"}
     labels = ("output_attentions, eager", "plain SDPA forward")
-    compare("output_attentions_2048", usual, plain(model, ids), labels=labels, repeats=3, memory=True, settings=settings)
+    compare(
+        "output_attentions_2048", usual, plain(model, ids), labels=labels, repeats=3, memory=True, settings=settings
+    )
 
 
 def nothing_attached() -> None:
@@ -100,7 +118,9 @@ def empty_observer() -> None:
     fresh, _ = host(512)
     with headway.observe(model, Idle()):
         labels = ("idle observer", "no scope")
-        compare("empty_observer", plain(model, ids), plain(fresh, ids), labels=labels, repeats=15, settings={"tokens": 512})
+        compare(
+            "empty_observer", plain(model, ids), plain(fresh, ids), labels=labels, repeats=15, settings={"tokens": 512}
+        )
 
 
 def import_headway() -> None:
@@ -142,7 +162,7 @@ def sampled_rows() -> None:
 
     model, ids = host(4096)
     exact = captured_means(model, ids, None)
-    hits = {name: 0.0 for name in exact}
+    hits = dict.fromkeys(exact, 0.0)
     seeds = range(5)
     for seed in seeds:
         sample = stratified_rows(4096, 512, torch.Generator().manual_seed(seed))

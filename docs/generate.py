@@ -19,7 +19,8 @@ def methods_table() -> str:
     """The methods, one row per card."""
     rows = ["| method | family | paper | what it is for |", "|---|---|---|---|"]
     rows += [
-        f"| `{card.slug}` | {card.family} | [{card.title}](https://arxiv.org/abs/{card.arxiv}) ({card.year}) | {card.summary} |"
+        f"| `{card.slug}` | {card.family} | [{card.title}](https://arxiv.org/abs/{card.arxiv}) ({card.year}) | "
+        f"{card.summary} |"
         for card in catalogue().values()
     ]
     return "\n".join(rows)
@@ -61,7 +62,8 @@ def coverage() -> str:
         [
             "# Which hosts pass the door",
             "",
-            f"Made by `make docs` with transformers {transformers.__version__}: a tiny random model of every architecture is",
+            f"Made by `make docs` with transformers {transformers.__version__}: a tiny random model of every "
+            "architecture is",
             "built, attached, run through the door's own kernel at every site, and compared with its native output.",
             "*Refused* hosts raise an error with the reason; none passes without being intercepted.",
             "",

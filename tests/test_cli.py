@@ -104,7 +104,7 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path):
 
 def test_papers_lists_every_card():
     done = run("papers", "--json")
-    assert {"sink-emergence", "secondary-sinks", "tappa", "sink-survey"} <= {c for c in done.stdout.split('"')}
+    assert {"sink-emergence", "secondary-sinks", "tappa", "sink-survey"} <= set(done.stdout.split('"'))
     assert run("papers", "nothing-like-this").returncode == 1
 
 
@@ -129,6 +129,7 @@ def test_any_bytes_as_text_end_in_a_known_way(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("bytes") / "text"
     path.write_bytes(data)
     try:
-        assert read_text(path).text.strip()
+        ended = read_text(path).text.strip() != ""
     except HeadwayError as error:
-        assert str(path) in str(error)
+        ended = str(path) in str(error)
+    assert ended

@@ -43,10 +43,16 @@ def root(
 @app.command()
 def look(
     model: Annotated[str, typer.Argument(help="smollm2, minilm, a hub id, or a folder with a model.")] = "smollm2",
-    text: Annotated[str | None, typer.Option(help="Text file, or - for standard input; a built-in text by default.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text file, or - for standard input; a built-in text by default.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
-    tokens: Annotated[int | None, typer.Option(help="How many tokens to read (default 2048, or what the model allows).")] = None,
-    rows: Annotated[int | None, typer.Option(help="Query rows to sample on long inputs (default: all up to 8192 tokens).")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="How many tokens to read (default 2048, or what the model allows).")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Query rows to sample on long inputs (default: all up to 8192 tokens).")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,4-7 (default: all).")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads for the inspector, such as 3.7,12.0 (layer.head).")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -79,7 +85,9 @@ def look(
 @app.command()
 def prove(
     slug: Annotated[str, typer.Argument(help="Which paper, such as sink-emergence; `headway papers` lists them.")],
-    size: Annotated[Size, typer.Option(help="smoke (seconds), small (minutes on two cores), full (the paper's setting).")] = Size.small,
+    size: Annotated[
+        Size, typer.Option(help="smoke (seconds), small (minutes on two cores), full (the paper's setting).")
+    ] = Size.small,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
     record: Annotated[bool, typer.Option("--record", help="Store the result under evidence/.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run (its folder).")] = None,
@@ -102,7 +110,9 @@ def evidence() -> None:
 
 @app.command()
 def papers(
-    word: Annotated[str | None, typer.Argument(help="Only papers whose title, family or summary has this word.")] = None,
+    word: Annotated[
+        str | None, typer.Argument(help="Only papers whose title, family or summary has this word.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the methods that are implemented, from their cards."""

@@ -49,4 +49,6 @@ def unknown(argument: str, got: object, valid: Iterable[object], *, fix: str = "
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """The error for a missing optional package: one line with the command that installs it."""
-    return MissingExtraError(f"{purpose} needs the package {package!r}; install it with: pip install 'headway[{extra}]'")
+    return MissingExtraError(
+        f"{purpose} needs the package {package!r}; install it with: pip install 'headway[{extra}]'"
+    )

@@ -50,12 +50,16 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = {
     "gemma2 soft cap": lambda: decoder("Gemma2", sliding_window=6, attn_logit_softcapping=5.0, query_pre_attn_scalar=8),
     "gemma3 sliding": lambda: gemma3(),
     "gpt-oss learned sinks": lambda: decoder("GptOss", num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
-    "gpt2": lambda: sharpen(tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=90, n_positions=128))),
+    "gpt2": lambda: sharpen(
+        tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=90, n_positions=128))
+    ),
 }
 
 
 def gemma3() -> nn.Module:
-    return sharpen(tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**(DECODER | {"sliding_window": 6, "query_pre_attn_scalar": 8}))))
+    return sharpen(
+        tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**(DECODER | {"sliding_window": 6, "query_pre_attn_scalar": 8})))
+    )
 
 
 def tokens(batch: int = 2, length: int = 14, seed: int = 0) -> torch.Tensor:
@@ -63,7 +67,9 @@ def tokens(batch: int = 2, length: int = 14, seed: int = 0) -> torch.Tensor:
 
 
 def bert() -> tuple[nn.Module, dict[str, Any]]:
-    config = tf.BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=90)
+    config = tf.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=90
+    )
     mask = torch.ones(2, 14, dtype=torch.long)
     mask[0, 10:] = 0
     return sharpen(tf.BertModel(config)), {"input_ids": tokens(), "attention_mask": mask}
@@ -71,7 +77,12 @@ def bert() -> tuple[nn.Module, dict[str, Any]]:
 
 def albert() -> tuple[nn.Module, dict[str, Any]]:
     config = tf.AlbertConfig(
-        hidden_size=32, embedding_size=16, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=90
+        hidden_size=32,
+        embedding_size=16,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=90,
     )
     return sharpen(tf.AlbertModel(config)), {"input_ids": tokens()}
 
@@ -80,16 +91,26 @@ def vit() -> tuple[nn.Module, dict[str, Any]]:
     config = tf.ViTConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
     )
-    return sharpen(tf.ViTModel(config)), {"pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    return sharpen(tf.ViTModel(config)), {
+        "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    }
 
 
 def dinov2() -> tuple[nn.Module, dict[str, Any]]:
     config = tf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7)
-    return sharpen(tf.Dinov2Model(config)), {"pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))}
+    return sharpen(tf.Dinov2Model(config)), {
+        "pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    }
 
 
 def clip() -> tuple[nn.Module, dict[str, Any]]:
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 16}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 16,
+    }
     config = tf.CLIPConfig(
         text_config=tower | {"vocab_size": 90, "max_position_embeddings": 32, "eos_token_id": 2},
         vision_config=tower | {"image_size": 16, "patch_size": 4},
@@ -106,11 +127,16 @@ def whisper() -> tuple[nn.Module, dict[str, Any]]:
         max_target_positions=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
-    return sharpen(tf.WhisperForConditionalGeneration(config)), {"input_features": sound, "decoder_input_ids": tokens(2, 7)}
+    return sharpen(tf.WhisperForConditionalGeneration(config)), {
+        "input_features": sound,
+        "decoder_input_ids": tokens(2, 7),
+    }
 
 
 def t5() -> tuple[nn.Module, dict[str, Any]]:
-    config = tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=90, decoder_start_token_id=0)
+    config = tf.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=90, decoder_start_token_id=0
+    )
     return sharpen(tf.T5ForConditionalGeneration(config)), {"input_ids": tokens(), "decoder_input_ids": tokens(2, 7)}
 
 

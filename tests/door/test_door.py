@@ -72,7 +72,11 @@ def test_own_kernel_gives_the_hosts_output(host):
     plain = first(model(**inputs))
     with headway.use(model, Identity()) as handle:
         own = first(model(**inputs))
-    valid = inputs["attention_mask"].bool() if plain.ndim == 3 and "attention_mask" in inputs else torch.ones(plain.shape[:1], dtype=torch.bool)
+    valid = (
+        inputs["attention_mask"].bool()
+        if plain.ndim == 3 and "attention_mask" in inputs
+        else torch.ones(plain.shape[:1], dtype=torch.bool)
+    )
     torch.testing.assert_close(own[valid], plain[valid], rtol=2e-4, atol=2e-4 * float(plain.abs().max()))
     assert all("edited" in row["paths"] for row in handle.report())
 
@@ -97,7 +101,9 @@ def test_reduced_equals_reduce_of_the_captured_weights(host):
     for site in captured.result():
         got = captured.result()[site]
         weights = got["weights"].nan_to_num(0.0)
-        torch.testing.assert_close(torch.special.entr(weights).sum(-1), got["entropy"].nan_to_num(0.0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            torch.special.entr(weights).sum(-1), got["entropy"].nan_to_num(0.0), rtol=1e-3, atol=1e-4
+        )
         seen = got["argmax"] >= 0
         assert torch.equal(weights.argmax(-1)[seen], got["argmax"][seen])
         torch.testing.assert_close(weights[..., 0], got["first"].nan_to_num(0.0), rtol=1e-4, atol=1e-5)
@@ -105,8 +111,16 @@ def test_reduced_equals_reduce_of_the_captured_weights(host):
 
 
 def state_of(model):
-    names = [str(m.config._attn_implementation) for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
-    kinds = [type(m.config._attn_implementation) for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
+    names = [
+        str(m.config._attn_implementation)
+        for m in model.modules()
+        if hasattr(getattr(m, "config", None), "_attn_implementation")
+    ]
+    kinds = [
+        type(m.config._attn_implementation)
+        for m in model.modules()
+        if hasattr(getattr(m, "config", None), "_attn_implementation")
+    ]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     keys = [sorted(vars(m)) for m in model.modules()]
     tensors = [(n, t.data_ptr(), t._version) for n, t in [*model.named_parameters(), *model.named_buffers()]]
@@ -159,7 +173,8 @@ def test_right_padding_adds_nothing_to_received_mass(name):
     for site in alone.result():
         for what in ("received", "visible"):
             torch.testing.assert_close(
-                padded.result()[site][what][..., :9], alone.result()[site][what].expand_as(padded.result()[site][what][..., :9]),
+                padded.result()[site][what][..., :9],
+                alone.result()[site][what].expand_as(padded.result()[site][what][..., :9]),
                 rtol=1e-3, atol=1e-4,
             )  # fmt: skip
 
@@ -174,7 +189,9 @@ def test_packed_sequences_equal_separate_ones():
     with headway.capture(model, what=("entropy",)) as alone:
         model(two, use_cache=False)
     for site in alone.result():
-        torch.testing.assert_close(packed.result()[site]["entropy"][..., 6:], alone.result()[site]["entropy"], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            packed.result()[site]["entropy"][..., 6:], alone.result()[site]["entropy"], rtol=1e-3, atol=1e-4
+        )
 
 
 INTERVENTIONS = {
@@ -218,7 +235,9 @@ def test_chunked_capture_equals_one_forward():
 def test_generate_with_a_scope_equals_stepwise_greedy():
     model, ids = CAUSAL["llama"](), tokens(1, 6)
     with headway.use(model, INTERVENTIONS["suppress"]):
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None)
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
         slow = ids
         for _ in range(5):
             slow = torch.cat([slow, model(slow, use_cache=False).logits[:, -1:].argmax(-1)], 1)
@@ -239,7 +258,9 @@ def test_static_cache_prefill_reads_only_its_own_tokens():
 def test_phase_step_and_positions_are_known_inside_a_call():
     model, record = CAUSAL["llama"](), Record()
     with torch.no_grad(), headway.observe(model, record):
-        model.generate(tokens(1, 5), attention_mask=torch.ones(1, 5), max_new_tokens=3, do_sample=False, eos_token_id=None)
+        model.generate(
+            tokens(1, 5), attention_mask=torch.ones(1, 5), max_new_tokens=3, do_sample=False, eos_token_id=None
+        )
     calls = [call for call, _ in record.calls if call.site.layer == 0]
     assert [c.forward.phase for c in calls] == ["prefill", "decode", "decode"]
     assert [c.forward.step for c in calls] == [0, 1, 2]
@@ -424,7 +445,7 @@ def test_two_selectors_on_one_site_name_both():
 def test_reading_weights_that_an_editor_replaces_is_refused():
     model = CAUSAL["llama"]()
     pattern = FixedPattern(patterns={(0, 0): torch.eye(20)})
-    with headway.use(model, pattern), pytest.raises(ConflictError, match="Capture.*FixedPattern"):
+    with headway.use(model, pattern), pytest.raises(ConflictError, match=r"Capture.*FixedPattern"):
         headway.capture(model, what=("entropy",)).attach()
     with headway.use(model, pattern), headway.capture(model, what=("head_output",)):
         pass
@@ -434,7 +455,9 @@ def test_reading_weights_that_an_editor_replaces_is_refused():
 def test_gate_is_linear_at_the_output_projection():
     model, seen = CAUSAL["llama"](), {}
     projection = model.model.layers[1].self_attn.o_proj
-    hook = projection.register_forward_hook(lambda module, args, output: seen.setdefault("out", []).append((args[0], output)))
+    hook = projection.register_forward_hook(
+        lambda module, args, output: seen.setdefault("out", []).append((args[0], output))
+    )
     for gate in (0.0, 0.5, 1.0):
         with headway.use(model, HeadGate(gates={(1, 2): gate}), selftest=False):
             model(tokens(1))
@@ -450,7 +473,10 @@ def test_uniform_head_is_the_mean_of_visible_values():
         model = CAUSAL[name]()
         with headway.capture(model, what=("value",)) as plain:
             model(tokens(1))
-        with headway.use(model, UniformHeads(heads=[(0, 1)])), headway.capture(model, what=("head_output",)) as captured:
+        with (
+            headway.use(model, UniformHeads(heads=[(0, 1)])),
+            headway.capture(model, what=("head_output",)) as captured,
+        ):
             model(tokens(1))
         value, made = plain.result()[0]["value"][:, 0], captured.result()[0]["head_output"][:, 1]
         torch.testing.assert_close(made[:, 0], value[:, 0])
@@ -461,7 +487,10 @@ def test_uniform_head_is_the_mean_of_visible_values():
 @torch.no_grad()
 def test_suppressed_columns_get_exactly_nothing_and_rows_renormalise():
     model = CAUSAL["llama"]()
-    with headway.use(model, SuppressBlocks(blocks=[((6, 14), (0, 3))])), headway.capture(model, what=("weights",)) as captured:
+    with (
+        headway.use(model, SuppressBlocks(blocks=[((6, 14), (0, 3))])),
+        headway.capture(model, what=("weights",)) as captured,
+    ):
         model(tokens(1))
     weights = captured.result()[1]["weights"]
     assert not weights[..., 6:, :3].any()
@@ -517,7 +546,9 @@ def test_gradients_flow_through_an_edited_site():
     model = CAUSAL["llama"]()
     with headway.use(model, Identity()):
         model(tokens()).logits.sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.model.layers[0].self_attn.parameters())
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() for p in model.model.layers[0].self_attn.parameters()
+    )
 
 
 def test_inspect_lists_every_site_with_what_it_allows():
@@ -555,9 +586,10 @@ def test_hosts_without_interceptable_attention_say_why():
 
 def test_changing_the_implementation_inside_a_scope_is_noticed():
     model = CAUSAL["llama"]()
-    with pytest.raises(InterceptionError, match="no attention passed"), headway.use(model, Identity()):
+    with headway.use(model, Identity()):
         model.config._attn_implementation_internal = "eager"
-        model(tokens())
+        with pytest.raises(InterceptionError, match="no attention passed"):
+            model(tokens())
     assert model.config._attn_implementation == "eager"
 
 
@@ -594,9 +626,17 @@ def test_a_fixed_pattern_must_stay_inside_the_mask_and_cover_the_sequence():
     model = CAUSAL["llama"]()
     future = torch.zeros(14, 14)
     future[:, 13] = 1
-    with torch.no_grad(), pytest.raises(ArgumentError, match="cannot see"), headway.use(model, FixedPattern(patterns={(0, 0): future})):
+    with (
+        torch.no_grad(),
+        pytest.raises(ArgumentError, match="cannot see"),
+        headway.use(model, FixedPattern(patterns={(0, 0): future})),
+    ):
         model(tokens(1))
-    with torch.no_grad(), pytest.raises(ArgumentError, match="at least"), headway.use(model, FixedPattern(patterns={(0, 0): torch.eye(3)})):
+    with (
+        torch.no_grad(),
+        pytest.raises(ArgumentError, match="at least"),
+        headway.use(model, FixedPattern(patterns={(0, 0): torch.eye(3)})),
+    ):
         model(tokens(1))
 
 
@@ -636,7 +676,11 @@ def test_any_padding_and_split_agree_with_the_host(length, left, right, split, n
             own = model(tokens(1, total), **inputs).logits
             torch.testing.assert_close(own[mask.bool()], plain[mask.bool()], rtol=1e-3, atol=1e-3)
             if 0 < split < length and not right:
-                step = model(tokens(1, total)[:, : left + split], attention_mask=mask[:, : left + split], position_ids=positions[:, : left + split])
+                step = model(
+                    tokens(1, total)[:, : left + split],
+                    attention_mask=mask[:, : left + split],
+                    position_ids=positions[:, : left + split],
+                )
                 rest = model(
                     tokens(1, total)[:, left + split :], attention_mask=mask, position_ids=positions[:, left + split :],
                     past_key_values=step.past_key_values,

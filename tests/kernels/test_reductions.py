@@ -48,7 +48,9 @@ def test_block_form_equals_reduction_of_the_full_matrix(call, block):
     fast = reduce_attention(query, key, ALL, spans=SPANS, window=3, block=block, **CALLS[call])
     assert set(full) == set(fast)
     for name in full:
-        torch.testing.assert_close(fast[name].float(), full[name].float(), rtol=1e-4, atol=2e-5, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            fast[name].float(), full[name].float(), rtol=1e-4, atol=2e-5, equal_nan=True, msg=name
+        )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -78,7 +80,9 @@ def test_any_shape_mask_and_split_agree(queries, extra, batch, block, causal, de
     full = reduce_attention(query, key, ALL, mode="reference", **options)
     fast = reduce_attention(query, key, ALL, block=block, **options)
     for name in set(full) - {"argmax", "top_index"}:
-        torch.testing.assert_close(fast[name].float(), full[name].float(), rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            fast[name].float(), full[name].float(), rtol=1e-3, atol=1e-4, equal_nan=True, msg=name
+        )
 
 
 def test_received_mass_of_all_keys_is_the_number_of_rows():

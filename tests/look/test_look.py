@@ -153,9 +153,7 @@ def test_bad_input_names_what_came_and_what_was_expected(options, words):
 
 
 def test_more_tokens_than_positions_is_an_option():
-    found = headway.look(
-        tiny_llama(max_position_embeddings=64), byte_tokenizer(), TEXT, tokens=100, allow_longer=True
-    )
+    found = headway.look(tiny_llama(max_position_embeddings=64), byte_tokenizer(), TEXT, tokens=100, allow_longer=True)
     assert any("64 positions" in w for w in found.warnings)
 
 

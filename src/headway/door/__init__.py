@@ -6,7 +6,7 @@ from headway.door.attach import Handle, observe, use
 from headway.door.call import AttentionCall, Forward, Site
 from headway.door.capture import Capture, Captured, CaptureSpec, capture
 from headway.door.intervene import FixedPattern, HeadGate, SuppressBlocks, UniformHeads, ZeroValues
-from headway.door.selection import Blocks, BlockMask, Dense, Keys, Selection, Window
+from headway.door.selection import BlockMask, Blocks, Dense, Keys, Selection, Window
 from headway.door.sites import SiteTable, inspect
 from headway.door.stages import Editor, Observer, Selector, Stage
 

@@ -1,8 +1,9 @@
 """The transformers adapter: makes an `AttentionCall` of what a host hands to its attention function.
 
-A host reaches its attention function through `AttentionInterface`, by the name in its config. While a door is open, that
-name is a `DoorName`: it equals the host's own name wherever the host compares it, and finds the door's function where the
-host looks a function up. So the host's own branches, masks and casts stay what they were, and leaving puts the name back.
+A host reaches its attention function through `AttentionInterface`, by the name in its config. While a door is open,
+that name is a `DoorName`: it equals the host's own name wherever the host compares it, and finds the door's function
+where the host looks a function up. So the host's own branches, masks and casts stay what they were, and leaving puts
+the name back.
 """
 
 from __future__ import annotations

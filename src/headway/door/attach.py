@@ -89,7 +89,9 @@ class Handle:
     def attach(self) -> Handle:
         """Opens the door, tests it on the example, and puts the stages in place."""
         if self._door is not None:
-            raise ConflictError("scope: got one that is attached already, expected a free one. Detach it, or make another.")
+            raise ConflictError(
+                "scope: got one that is attached already, expected a free one. Detach it, or make another."
+            )
         door = open_door(self.model)
         try:
             if self.selftest:
@@ -248,7 +250,9 @@ class Door:
             return
         past = _cache_length(kwargs)
         local.step = getattr(local, "step", -1) + 1 if past else 0
-        local.forward = Forward(step=local.step, padding=_padding(kwargs), cache=kwargs.get("past_key_values"), inputs=kwargs)
+        local.forward = Forward(
+            step=local.step, padding=_padding(kwargs), cache=kwargs.get("past_key_values"), inputs=kwargs
+        )
         local.fired = defaultdict(int)
         local.hidden = {}
 
@@ -262,8 +266,10 @@ class Door:
         fired, local.forward, local.hidden = local.fired, None, {}
         if output is not None and not fired and self.handles and self.probe is None:
             raise InterceptionError(
-                f"model: got a forward of {type(module).__name__} in which no attention passed the door, expected at least "
-                "one. The attention implementation was changed, or the model was compiled, while a scope was open; leave "
+                f"model: got a forward of {type(module).__name__} in which no attention passed the door, expected "
+                "at least "
+                "one. The attention implementation was changed, or the model was compiled, while a scope was "
+                "open; leave "
                 "the scope first."
             )
 
@@ -277,7 +283,14 @@ class Door:
         local.hidden[module] = (hidden, kwargs)
 
     def serve(
-        self, native: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any]
+        self,
+        native: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        keywords: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """One attention operation of the host, on its way through the open scopes."""
         local = self._local
@@ -346,7 +359,8 @@ def use(
     for method in methods:
         if not isinstance(method, Stage):
             raise ArgumentError(
-                f"methods: got {method!r}, expected instances of Selector, Editor or Observer. Construct the method first."
+                f"methods: got {method!r}, expected instances of Selector, Editor or Observer. Construct the "
+                "method first."
             )
     return Handle(model, methods, layers=layers, sites=sites, selftest=selftest, example=example)
 
@@ -355,7 +369,9 @@ def observe(model: nn.Module, *observers: Observer, **options: Any) -> Handle:
     """`use` for observers only: nothing can change the output."""
     for observer in observers:
         if not isinstance(observer, Observer) or isinstance(observer, Selector | Editor):
-            raise ArgumentError(f"observers: got {observer!r}, expected observers only. Use `headway.use` for methods that act.")
+            raise ArgumentError(
+                f"observers: got {observer!r}, expected observers only. Use `headway.use` for methods that act."
+            )
     return use(model, *observers, **options)
 
 
@@ -375,7 +391,8 @@ def open_door(model: nn.Module) -> Door:
             _DOORS[model] = door
         elif door.thread != threading.get_ident():
             raise ConflictError(
-                f"model: got a second scope on {type(model).__name__} from another thread while one is open, expected one "
+                f"model: got a second scope on {type(model).__name__} from another thread while one is open, "
+                "expected one "
                 "thread to hold a model's scopes. Open both scopes in one thread, or load a second model."
             )
         door.users += 1
@@ -442,7 +459,8 @@ def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
     writers = [s for s in stages if isinstance(s, Editor) and "weights" in s.edits and not s.keeps_weights]
     if readers and writers:
         raise ConflictError(
-            f"methods at {site.name}: got {readers[0].title}, which reads weights from q and k, and {writers[0].title}, which "
+            f"methods at {site.name}: got {readers[0].title}, which reads weights from q and k, and "
+            f"{writers[0].title}, which "
             "replaces them; expected one or the other. Capture head_output, or read in a scope without the editor."
         )
 
@@ -481,7 +499,9 @@ def _tokens_seen(cache: Any, layer: int) -> int:
 
 def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], keywords: dict[str, Any]) -> None:
     """Fills in what the module's own inputs tell about this forward: cache, positions, phase."""
-    cache = next((given[k] for k in ("past_key_values", "past_key_value", "layer_past") if given.get(k) is not None), None)
+    cache = next(
+        (given[k] for k in ("past_key_values", "past_key_value", "layer_past") if given.get(k) is not None), None
+    )
     forward.cache = cache if cache is not None else forward.cache
     positions = keywords.get("position_ids", given.get("position_ids"))
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == query.shape[2]:
@@ -490,7 +510,7 @@ def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], 
 
 
 def _at_positions(call: AttentionCall) -> AttentionCall:
-    """The call with the place of its keys in the sequence, where the cache holds fewer or more slots than tokens seen."""
+    """The call with the place of its keys in the sequence, for caches that hold fewer or more slots than tokens."""
     cache, layer = call.forward.cache, getattr(call.module, "layer_idx", None)
     if call.site.kind != "self" or cache is None or not isinstance(layer, int):
         return call

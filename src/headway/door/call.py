@@ -58,9 +58,10 @@ class AttentionCall:
     rotary embedding and after the cache update.
 
     `mask` is True where a key is visible; `bias` is added to the scaled, soft-capped logits; `causal` says that row i
-    sees keys up to i + `offset` on top of the mask; `sinks` are learned sink logits, one per head. `hidden` is the input
-    of the attention module where the host gives one. `first_key` and `first_query` are the positions in the sequence of
-    key 0 and query row 0: a sliding cache has dropped earlier keys, a static one holds room for later ones."""
+    sees keys up to i + `offset` on top of the mask; `sinks` are learned sink logits, one per head. `hidden` is the
+    input of the attention module where the host gives one. `first_key` and `first_query` are the positions in the
+    sequence of key 0 and query row 0: a sliding cache has dropped earlier keys, a static one holds room for later
+    ones."""
 
     site: Site
     query: Float[Tensor, "batch heads queries dim"]

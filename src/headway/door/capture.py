@@ -1,6 +1,7 @@
 """Capture: what to read at which sites, taken block by block from q and k while the host's own kernel makes the output.
 
-A capture costs O(block × keys) memory beside its results, whatever the kernel of the host, and never changes the output.
+A capture costs O(block × keys) memory beside its results, whatever the kernel of the host, and never changes the
+output.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.door.attach import Handle, use
+from headway.door.attach import Handle
 from headway.door.call import AttentionCall, Site
 from headway.door.stages import Observer
 from headway.errors import ArgumentError, unknown
@@ -22,7 +23,21 @@ from headway.kernels.rows import RowSample
 TENSORS = ("query", "key", "value", "head_output")
 WHAT = (*TENSORS, *REDUCTIONS)
 #: What holds one entry per query row, joined over chunks along that axis.
-ROW_WISE = frozenset({"entropy", "distance", "argmax", "first", "previous", "recent", "span_mass", "top", "top_index", "query", "head_output"})
+ROW_WISE = frozenset(
+    {
+        "entropy",
+        "distance",
+        "argmax",
+        "first",
+        "previous",
+        "recent",
+        "span_mass",
+        "top",
+        "top_index",
+        "query",
+        "head_output",
+    }
+)
 SUMS = frozenset({"received", "visible", "distance_histogram"})
 #: A capture of whole maps above this many bytes per site is refused: reductions are what is meant.
 MAP_LIMIT = 2 * 2**30
@@ -114,7 +129,9 @@ def join_calls(calls: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             joined[name] = torch.stack([torch.nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]).sum(0)
         elif name in ("weights", "logits"):
             width, fill = parts[-1].shape[-1], 0.0 if name == "weights" else -torch.inf
-            joined[name] = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[-1]), value=fill) for p in parts], 2)
+            joined[name] = torch.cat(
+                [torch.nn.functional.pad(p, (0, width - p.shape[-1]), value=fill) for p in parts], 2
+            )
         else:
             joined[name] = parts[-1]
     return joined
@@ -174,7 +191,8 @@ class Capture(Observer):
         spans, shift = self.spec.spans, call.first_key
         if shift and spans is not None:
             raise ArgumentError(
-                f"spans: got spans of the whole sequence at {call.site.name}, whose cache has dropped the first {shift} keys; "
+                f"spans: got spans of the whole sequence at {call.site.name}, whose cache has dropped the first "
+                f"{shift} keys; "
                 "expected a forward without a sliding cache. Run the whole text in one forward."
             )
         found = reduce_attention(
@@ -188,7 +206,9 @@ class Capture(Observer):
             top=self.spec.top,
             **call.arguments(),
         )
-        return {k: _in_sequence(k, v.to(self.spec.dtype) if v.is_floating_point() else v, shift) for k, v in found.items()}
+        return {
+            k: _in_sequence(k, v.to(self.spec.dtype) if v.is_floating_point() else v, shift) for k, v in found.items()
+        }
 
     def result(self) -> Captured:
         return self.captured
@@ -207,7 +227,9 @@ class CaptureHandle(Handle):
         return self
 
 
-def capture(model: nn.Module, spec: CaptureSpec | None = None, *, sites: Sequence[str] | None = None, **fields: Any) -> CaptureHandle:
+def capture(
+    model: nn.Module, spec: CaptureSpec | None = None, *, sites: Sequence[str] | None = None, **fields: Any
+) -> CaptureHandle:
     """`with headway.capture(model, what=("entropy",)) as captured: model(ids)`, then `captured.result()[layer]`.
 
     Takes a CaptureSpec or its fields. Raises ArgumentError for unknown names, layers and heads."""
@@ -245,7 +267,8 @@ def check_head_indices(heads: Sequence[int], site: Site) -> None:
     for head in heads:
         if not 0 <= head < site.heads:
             raise ArgumentError(
-                f"heads: got {head} at {site.name}, expected query heads 0..{site.heads - 1} (it has {site.kv_heads} key heads)."
+                f"heads: got {head} at {site.name}, expected query heads 0..{site.heads - 1} (it has "
+                f"{site.kv_heads} key heads)."
             )
 
 

@@ -19,8 +19,8 @@ from headway.kernels.dense import dense_attention
 @dataclass(frozen=True)
 class Executed:
     """The call as it ran (selections are part of its mask), its output (batch, heads, queries, value_dim) and
-    log-sum-exp, and how it was made: the path's name, the density (selected over visible pairs) and the seconds spent on
-    selecting and executing."""
+    log-sum-exp, and how it was made: the path's name, the density (selected over visible pairs) and the seconds spent
+    on selecting and executing."""
 
     call: AttentionCall
     output: Tensor

@@ -100,8 +100,8 @@ class UniformHeads(_OnHeads):
 @dataclass(frozen=True, kw_only=True)
 class SuppressBlocks(Editor):
     """Hides key columns from query rows. `blocks` are ((row start, row stop), (column start, column stop)) in positions
-    of the sequence, stop excluded; `heads` limits it to (layer, head) pairs. Rows renormalise over what stays visible; a
-    row with nothing left raises EmptyRowError."""
+    of the sequence, stop excluded; `heads` limits it to (layer, head) pairs. Rows renormalise over what stays visible;
+    a row with nothing left raises EmptyRowError."""
 
     blocks: Sequence[tuple[tuple[int, int], tuple[int, int]]]
     heads: Heads | None = None
@@ -146,7 +146,8 @@ class FixedPattern(_OnHeads):
             total = pattern.float().sum(-1)
             if pattern.ndim != 2 or bool((pattern < 0).any()) or bool(((total - 1).abs() > PATTERN_TOLERANCE).any()):
                 raise ArgumentError(
-                    f"patterns: got one at {place} of shape {tuple(pattern.shape)} with row sums in [{float(total.min()):.3g}, "
+                    f"patterns: got one at {place} of shape {tuple(pattern.shape)} with row sums in "
+                    f"[{float(total.min()):.3g}, "
                     f"{float(total.max()):.3g}], expected (queries, keys) of weights ≥ 0 with rows that sum to one."
                 )
 
@@ -175,7 +176,8 @@ class FixedPattern(_OnHeads):
             seen = seen[:, head] if seen.shape[1] > 1 else seen[:, 0]
             if bool(((chosen > 0) & ~seen).any()):
                 raise ArgumentError(
-                    f"patterns: got weight on keys that layer {call.site.layer}, head {head} cannot see, expected a map "
+                    f"patterns: got weight on keys that layer {call.site.layer}, head {head} cannot see, expected "
+                    "a map "
                     "inside the host's mask."
                 )
             weights[:, head] = chosen

@@ -163,10 +163,11 @@ class Blocks:
 
     mask: BlockMask
 
-    def to_bool(self, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "..."]:
+    def to_bool(self, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, ...]:
         if (queries, keys) != (self.mask.queries, self.mask.keys):
             raise ArgumentError(
-                f"block mask: got one for {self.mask.queries} queries and {self.mask.keys} keys, expected {queries} and "
+                f"block mask: got one for {self.mask.queries} queries and {self.mask.keys} keys, expected "
+                f"{queries} and "
                 f"{keys}. Build it from the call it is used on."
             )
         return self.mask.to_bool().to(device)
@@ -179,7 +180,7 @@ class Keys:
     index: Int[Tensor, "batch heads #queries chosen"]
     valid: Bool[Tensor, "batch heads #queries chosen"] | None = None
 
-    def to_bool(self, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "..."]:
+    def to_bool(self, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, ...]:
         if self.index.numel() and (int(self.index.min()) < 0 or int(self.index.max()) >= keys):
             raise ArgumentError(
                 f"index: got values from {int(self.index.min())} to {int(self.index.max())}, expected 0..{keys - 1}."

@@ -1,7 +1,7 @@
 """The self-test on attach: shows on a small input that what the door sees is what the host computes.
 
-For every site: the door's own kernel gives the host's output, rows sum to one, nothing sees the future where the call is
-causal. For the host: its output depends on its heads, and no attention runs past the door.
+For every site: the door's own kernel gives the host's output, rows sum to one, nothing sees the future where the call
+is causal. For the host: its output depends on its heads, and no attention runs past the door.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def ensure_tested(door: Door, example: dict[str, Any] | None = None) -> None:
     _PASSED[model] = (state, dict(door.sites))
 
 
-def run_selftest(
-    door: Door, model: nn.Module, example: dict[str, Any] | None, *, probe: Probe | None = None
-) -> None:
+def run_selftest(door: Door, model: nn.Module, example: dict[str, Any] | None, *, probe: Probe | None = None) -> None:
     """Raises InterceptionError with every reason found; leaves the door's table of sites filled and, in `probe`, the
     calls that were seen."""
     from headway.door.example import example_inputs
@@ -88,7 +86,8 @@ def run_selftest(
                 raise InterceptionError(f"model: {why_not(model)}")
             if missed:
                 raise InterceptionError(
-                    f"model: got attention that does not pass the registry, expected all of it to: {'; '.join(missed)}. Such "
+                    "model: got attention that does not pass the registry, expected all of it to: "
+                    f"{'; '.join(missed)}. Such "
                     "a host cannot be changed or read as a whole."
                 )
             if probe.failures:
@@ -96,7 +95,8 @@ def run_selftest(
                 more = f" and {len(probe.failures) - 3} more" if len(probe.failures) > 3 else ""
                 raise InterceptionError(
                     f"model: the door's kernel does not reproduce {len(probe.failures)} of {len(probe.calls)} sites of "
-                    f"{type(model).__name__}: {shown}{more}. Load it with attn_implementation='eager' or 'sdpa', or report it."
+                    f"{type(model).__name__}: {shown}{more}. Load it with attn_implementation='eager' or 'sdpa', "
+                    "or report it."
                 )
             with door.probing(Probe(silence=True)):
                 after = first_tensor(model(**inputs))
@@ -104,7 +104,8 @@ def run_selftest(
         raise
     except Exception as error:
         raise InterceptionError(
-            f"example: a forward of {type(model).__name__} failed with {type(error).__name__}: {error}. Pass example={{…}} "
+            f"example: a forward of {type(model).__name__} failed with {type(error).__name__}: {error}. Pass "
+            f"example={{…}} "
             "with keyword arguments that the model accepts."
         ) from error
     finally:
@@ -151,7 +152,11 @@ def future_fault(call: AttentionCall) -> str:
 
 def first_tensor(output: Any) -> Tensor | None:
     """The first tensor of floats in a host's output: logits or states."""
-    values = output.to_tuple() if hasattr(output, "to_tuple") else (output if isinstance(output, tuple | list) else (output,))
+    values = (
+        output.to_tuple()
+        if hasattr(output, "to_tuple")
+        else (output if isinstance(output, tuple | list) else (output,))
+    )
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value

@@ -54,19 +54,29 @@ class SiteTable:
         for name in ("site", "layer", "kind", "heads", "dim", "rope", "soft cap", "sinks", "allows"):
             table.add_column(name, overflow="fold")
         for row in self.rows:
-            heads = "" if row.heads is None else f"{row.heads}" + (f" / {row.kv_heads}" if row.kv_heads != row.heads else "")
+            heads = (
+                ""
+                if row.heads is None
+                else f"{row.heads}" + (f" / {row.kv_heads}" if row.kv_heads != row.heads else "")
+            )
             flags = ["yes" if flag else "" for flag in (row.rope, row.sinks)]
             table.add_row(
-                row.site, "" if row.layer is None else str(row.layer), f"{row.kind} {row.reach}".strip(), heads,
-                "" if row.head_dim is None else str(row.head_dim), flags[0], "" if row.softcap is None else f"{row.softcap:g}",
-                flags[1], row.allows or row.why,
-            )  # fmt: skip
+                row.site,
+                "" if row.layer is None else str(row.layer),
+                f"{row.kind} {row.reach}".strip(),
+                heads,
+                "" if row.head_dim is None else str(row.head_dim),
+                flags[0],
+                "" if row.softcap is None else f"{row.softcap:g}",
+                flags[1],
+                row.allows or row.why,
+            )
         return table
 
 
 def inspect(model: nn.Module, *, example: dict[str, Any] | None = None) -> SiteTable:
-    """Every attention site of a model with its heads, reach, rotary embedding, soft cap, learned sinks and what the door
-    allows there; modules that mix tokens in other ways are listed with the reason. Runs one tiny forward."""
+    """Every attention site of a model with its heads, reach, rotary embedding, soft cap, learned sinks and what the
+    door allows there; modules that mix tokens in other ways are listed with the reason. Runs one tiny forward."""
     door = open_door(model)
     probe = Probe()
     refused = ""
@@ -100,7 +110,23 @@ def inspect(model: nn.Module, *, example: dict[str, Any] | None = None) -> SiteT
         kind = mixer_kind(module)
         if kind or hard_coded(module):
             why = f"{type(module).__name__}: {kind or 'hard-coded attention'}"
-            rows.append(SiteRow(name, getattr(module, "layer_idx", None), kind or "self", "", None, None, None, None, None, False, None, "", why))
+            rows.append(
+                SiteRow(
+                    name,
+                    getattr(module, "layer_idx", None),
+                    kind or "self",
+                    "",
+                    None,
+                    None,
+                    None,
+                    None,
+                    None,
+                    False,
+                    None,
+                    "",
+                    why,
+                )
+            )
     implementation = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
     return SiteTable(type(model).__name__, implementation, tuple(rows), refused)
 

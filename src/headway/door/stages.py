@@ -1,6 +1,6 @@
 """The stages a method may have. A method is a frozen dataclass that inherits the stages it needs and nothing else.
 
-    selectors (which keys) -> executor (kernel) -> editors (weights or output) -> observers (read only)
+selectors (which keys) -> executor (kernel) -> editors (weights or output) -> observers (read only)
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Observer(Stage):
         output: Float[Tensor, "batch heads queries value_dim"],
         lse: Float[Tensor, "batch heads queries"] | None = None,
     ) -> None:
-        """Called after every attention operation. `lse` is the log-sum-exp of the rows where the kernel that ran gave it
-        (natural log, learned sinks included), else None."""
+        """Called after every attention operation. `lse` is the log-sum-exp of the rows where the kernel that ran gave
+        it (natural log, learned sinks included), else None."""
         raise NotImplementedError
 
     def result(self) -> Any:

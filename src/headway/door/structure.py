@@ -90,5 +90,6 @@ def why_not(model: nn.Module) -> str:
     if mixers:
         return f"{host} has no self-attention: its mixers are {', '.join(mixers)}. {fix}"
     if asks:
-        return f"{host} has attention modules ({', '.join(asks)}) that did not run on the example. Pass example={{…}} that reaches them."
+        names = ", ".join(asks)
+        return f"{host} has attention modules ({names}) that did not run. Pass example={{…}} that reaches them."
     return f"{host} has no self-attention that could be found. {fix}"

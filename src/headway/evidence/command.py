@@ -35,7 +35,12 @@ def as_table(run: Run) -> Table:
     )
     for claim in run.claims:
         verdict = str(claim.verdict)
-        table.add_row(escape(claim.statement), str(claim.measured), escape(claim.criterion.text), f"[{COLOURS[verdict]}]{verdict}[/]")
+        table.add_row(
+            escape(claim.statement),
+            str(claim.measured),
+            escape(claim.criterion.text),
+            f"[{COLOURS[verdict]}]{verdict}[/]",
+        )
     return table
 
 

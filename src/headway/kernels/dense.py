@@ -4,8 +4,9 @@
     w_ij = exp(s_ij) / ( exp(sink_h) + Σ_j exp(s_ij) ) ,   o_i = Σ_j w_ij v_j
 
 `cap(x) = c·tanh(x/c)` when a soft cap c is given (Gemma 2, arXiv 2408.00118), the identity otherwise. `sink_h` is the
-learned sink logit of a head (gpt-oss); without one that term is absent. Tensors are (batch, heads, tokens, dim); key and
-value may have fewer heads than the query (grouped-query attention, arXiv 2305.13245): head h reads key head h // groups.
+learned sink logit of a head (gpt-oss); without one that term is absent. Tensors are (batch, heads, tokens, dim); key
+and value may have fewer heads than the query (grouped-query attention, arXiv 2305.13245): head h reads key head h //
+groups.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def visible_keys(
     offset: int,
     mask: Bool[Tensor, "#batch #heads queries keys"] | None = None,
 ) -> Bool[Tensor, "#batch #heads rows keys"] | None:
-    """Which keys the given query rows may read; None when all of them may. Row i sees keys up to i + offset if causal."""
+    """Which keys the given query rows may read; None when all of them may. Row i sees keys up to i + offset if
+    causal."""
     seen = None
     if causal:
         columns = torch.arange(keys, device=rows.device)
@@ -109,7 +111,8 @@ def attention_logits(
 def normalise(
     logits: Float[Tensor, "batch heads rows keys"], sinks: Float[Tensor, " heads"] | None = None
 ) -> tuple[Float[Tensor, "batch heads rows keys"], Float[Tensor, "batch heads rows"]]:
-    """Weights and log-sum-exp (natural log, the learned sink included). Rows with nothing visible give zeros and -inf."""
+    """Weights and log-sum-exp (natural log, the learned sink included). Rows with nothing visible give zeros and
+    -inf."""
     lse = torch.logsumexp(logits, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
@@ -137,8 +140,8 @@ def dense_attention(
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Attention output (dtype of `value`) and log-sum-exp (float32).
 
-    `edit(weights, rows)` may return other weights for a block of query rows. `empty_rows="zero"` gives a zero output for
-    rows that see no key, as fused kernels do for padding; `"raise"` (default) raises EmptyRowError. `mode="reference"`
+    `edit(weights, rows)` may return other weights for a block of query rows. `empty_rows="zero"` gives a zero output
+    for rows that see no key, as fused kernels do for padding; `"raise"` (default) raises EmptyRowError. `mode="reference"`
     takes all rows at once. Memory is O(block × keys) beside the result."""
     if mode not in ("reference", "block"):
         raise ArgumentError(f"mode: got {mode!r}, expected 'reference' or 'block'.")

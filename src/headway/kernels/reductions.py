@@ -123,7 +123,8 @@ def reduce_attention(
 
     `rows` limits the work to some query rows: a RowSample weights sums so that they estimate those of all rows.
     `row_valid` leaves out padding rows. `spans` are [start, stop) key ranges for `span_mass` and the segments of
-    `block_mean`, `window` is the reach of `recent`. `mode="reference"` takes every reduction from the full matrix, by its definition."""
+    `block_mean`, `window` is the reach of `recent`. `mode="reference"` takes every reduction from the full
+    matrix, by its definition."""
     for name in what:
         if name not in REDUCTIONS:
             raise unknown("what", name, REDUCTIONS)
@@ -165,13 +166,19 @@ def reduce_attention(
 def check_spans(spans: Sequence[tuple[int, int]] | None, keys: int) -> None:
     """Raises ArgumentError for spans that are missing, empty, out of range or overlapping."""
     if not spans:
-        raise ArgumentError("spans: got none, expected [start, stop) key ranges for span_mass or block_mean. Pass spans=[…].")
+        raise ArgumentError(
+            "spans: got none, expected [start, stop) key ranges for span_mass or block_mean. Pass spans=[…]."
+        )
     last = 0
     for start, stop in sorted(spans):
         if not 0 <= start < stop <= keys:
-            raise ArgumentError(f"spans: got [{start}, {stop}), expected 0 ≤ start < stop ≤ {keys}. Clip it to the keys.")
+            raise ArgumentError(
+                f"spans: got [{start}, {stop}), expected 0 ≤ start < stop ≤ {keys}. Clip it to the keys."
+            )
         if start < last:
-            raise ArgumentError(f"spans: got [{start}, {stop}), which overlaps the one before it; expected disjoint spans.")
+            raise ArgumentError(
+                f"spans: got [{start}, {stop}), which overlaps the one before it; expected disjoint spans."
+            )
         last = stop
 
 
@@ -340,7 +347,9 @@ class _Recent(_Reducer):
         first = max(int(block.positions[0]) - self.window + 1, 0)
         last = min(int(block.positions[-1]) + self.window, block.weights.shape[-1])
         gap = (block.positions[:, None] - torch.arange(first, last, device=self.device)).abs()
-        return torch.linalg.vecdot(block.weights[..., first:last], (gap < self.window).to(block.weights.dtype)[None, None])
+        return torch.linalg.vecdot(
+            block.weights[..., first:last], (gap < self.window).to(block.weights.dtype)[None, None]
+        )
 
 
 class _SpanMass(_Reducer):
@@ -471,7 +480,9 @@ def _reference(
             rows_in = ((position >= first) & (position < last)).view(1, 1, -1, 1) * counts
             for t, (start, stop) in enumerate(spans or ()):
                 pairs = (seen[..., start:stop] * rows_in).sum((2, 3))
-                out[:, :, s, t] = (weights[..., start:stop] * rows_in).sum((2, 3)) / pairs.masked_fill(pairs == 0, torch.nan)
+                out[:, :, s, t] = (weights[..., start:stop] * rows_in).sum((2, 3)) / pairs.masked_fill(
+                    pairs == 0, torch.nan
+                )
         return out
 
     def histogram() -> Tensor:
@@ -489,7 +500,9 @@ def _reference(
         "distance": lambda: nan((weights * gap).sum(-1)),
         "argmax": lambda: weights.argmax(-1).masked_fill(empty, -1),
         "first": lambda: nan(weights[..., 0]),
-        "previous": lambda: nan((weights * (column == position - 1)).sum(-1)).masked_fill(position[:, 0] < 1, torch.nan),
+        "previous": lambda: nan((weights * (column == position - 1)).sum(-1)).masked_fill(
+            position[:, 0] < 1, torch.nan
+        ),
         "recent": lambda: nan((weights * (gap < window)).sum(-1)),
         "span_mass": lambda: nan(torch.stack([weights[..., a:b].sum(-1) for a, b in spans or ()], -1)),
         "block_mean": block_mean,

@@ -10,6 +10,7 @@ replacement. With N_s rows in stratum s, n_s of them drawn, the mean of a row st
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +42,9 @@ class RowSample:
 class Estimate:
     """A mean with its two-sided interval, elementwise over the leading dimensions of the row statistic."""
 
-    mean: Float[Tensor, "..."]
-    low: Float[Tensor, "..."]
-    high: Float[Tensor, "..."]
+    mean: Float[Tensor, ...]
+    low: Float[Tensor, ...]
+    high: Float[Tensor, ...]
 
 
 def all_rows(total: int) -> RowSample:
@@ -52,7 +53,8 @@ def all_rows(total: int) -> RowSample:
 
 
 def stratified_rows(total: int, sample: int, generator: torch.Generator | None = None) -> RowSample:
-    """About `sample` of `total` rows, ROWS_PER_STRATUM from each contiguous stratum; all rows when `sample` ≥ `total`."""
+    """About `sample` of `total` rows, ROWS_PER_STRATUM from each contiguous stratum; all rows when `sample` ≥
+    `total`."""
     if sample < 2 or total < 1:
         raise ArgumentError(f"sample: got {sample} of {total} rows, expected at least 2 rows. Ask for more rows.")
     if sample >= total:
@@ -60,7 +62,7 @@ def stratified_rows(total: int, sample: int, generator: torch.Generator | None =
     strata = max(sample // ROWS_PER_STRATUM, 1)
     edges = torch.linspace(0, total, strata + 1).round().long().tolist()
     index, weight, stratum = [], [], []
-    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
         size = stop - start
         drawn = min(ROWS_PER_STRATUM, size)
         rows = torch.randperm(size, generator=generator)[:drawn].sort().values + start
@@ -77,7 +79,8 @@ def estimate_mean(values: Float[Tensor, "... rows"], sample: RowSample, level: f
     values = values.double()
     if values.shape[-1] != sample.index.numel():
         raise ArgumentError(
-            f"values: got {values.shape[-1]} rows, expected {sample.index.numel()} as in the sample. Pass the statistic "
+            f"values: got {values.shape[-1]} rows, expected {sample.index.numel()} as in the sample. Pass the "
+            "statistic "
             "of the sampled rows, in their order."
         )
     valid = ~values.isnan()

@@ -100,13 +100,21 @@ def check_folder(out: Path) -> None:
     try:
         write_atomically(out / ".headway", "").unlink()
     except OSError as error:
-        raise HeadwayError(f"--out: {out} cannot be written ({error.strerror}). Name another folder with --out.") from None
+        raise HeadwayError(
+            f"--out: {out} cannot be written ({error.strerror}). Name another folder with --out."
+        ) from None
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Tell]:
     """A bar on standard error whose label is what is being done; silent where standard error is no terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=1)
 

@@ -37,7 +37,9 @@ def run(model: str | None, *, as_json: bool) -> None:
     if as_json:
         console.file.write(json.dumps(found, indent=2) + "\n")
         return
-    console.print(f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}, {found['device']}")
+    console.print(
+        f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}, {found['device']}"
+    )
     shown = Table("what", "state", "fix")
     for row in found["checks"]:
         shown.add_row(row["what"], "[green]ok[/]" if row["ok"] else f"[yellow]{row['why']}[/]", row["fix"])
@@ -52,7 +54,11 @@ def examine() -> dict[str, Any]:
 
     from headway.hosts import status
 
-    device = f"CUDA: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        f"CUDA: {torch.cuda.get_device_name()}"
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     checks = [
         {
             "what": f"{package}, for {purpose}",

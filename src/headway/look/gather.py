@@ -29,7 +29,7 @@ from headway.look.roles import (
     sentence_spans,
 )
 from headway.methods.long_context.tappa import HeadPatterns, PatternObserver, PatternProfile, classify
-from headway.methods.sinks.secondary_sinks import SecondarySinks, analyse, rescale_writes
+from headway.methods.sinks.secondary_sinks import SecondarySinks, analyse, read_streams, rescale_writes
 from headway.methods.sinks.sink_emergence import SinkMeasurement, alpha_from_received, measure_sinks
 from headway.tasks.copying import ordinary_ids
 
@@ -63,13 +63,18 @@ class Reading:
     profiles: list[PatternProfile]
     patterns: list[HeadPatterns]
     sinks: SinkMeasurement | None = None
-    secondary: SecondarySinks | None = None
+    secondary: list[SecondarySinks] = field(default_factory=list)
     intervention: list[dict[str, float]] = field(default_factory=list)
     retrieval: RetrievalResult | None = None
     induction: InductionResult | None = None
     maps: list[HeadMap] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def telling(self) -> SecondarySinks | None:
+        """The analysis that found secondary sinks, else the one of the primary's own range."""
+        return next((s for s in self.secondary if s.sinks.positions("secondary")), next(iter(self.secondary), None))
 
 
 class ReceivedMass(Observer):
@@ -114,7 +119,9 @@ def read(
     tokens = ids.shape[1]
     if rows is None and tokens > SAMPLE_FROM:
         rows = SAMPLED_ROWS
-    sample = None if rows is None or rows >= tokens else stratified_rows(tokens, rows, torch.Generator().manual_seed(seed))
+    sample = (
+        None if rows is None or rows >= tokens else stratified_rows(tokens, rows, torch.Generator().manual_seed(seed))
+    )
     pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
     reading = _read_text(model, ids, pieces, sample, layers, tell)
     _timed(reading, "sinks", lambda: _read_sinks(reading, model, ids, tell))
@@ -150,7 +157,12 @@ def _timed(reading: Reading, what: str, work: Callable[[], None]) -> None:
 
 
 def _read_text(
-    model: nn.Module, ids: Tensor, pieces: list[str], sample: RowSample | None, layers: Sequence[int] | None, tell: Progress
+    model: nn.Module,
+    ids: Tensor,
+    pieces: list[str],
+    sample: RowSample | None,
+    layers: Sequence[int] | None,
+    tell: Progress,
 ) -> Reading:
     """One forward over the text with every observer that needs no task of its own."""
     start = time.perf_counter()
@@ -182,8 +194,8 @@ def _read_text(
 
 
 def main_stack(sites: Sequence[Site]) -> tuple[list[Site], str]:
-    """The self-attention sites of the longest stack of a host (a decoder's when two are as long), and a note when others
-    are left out. Raises ArgumentError for a host without self-attention."""
+    """The self-attention sites of the longest stack of a host (a decoder's when two are as long), and a note when
+    others are left out. Raises ArgumentError for a host without self-attention."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:
         if site.kind == "self":
@@ -218,7 +230,8 @@ def _read_sinks(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress)
     sequences = ids[0, : count * SINK_LENGTH].view(count, SINK_LENGTH) if count else ids
     if not count:
         reading.notes.append(
-            f"Sink rates come from one sequence of {ids.shape[1]} tokens; the measure is meant for {SINK_LENGTH} or more."
+            f"Sink rates come from one sequence of {ids.shape[1]} tokens; the measure is meant for {SINK_LENGTH} "
+            "or more."
         )
     reading.sinks = measure_sinks(
         model, sequences, length=length, progress=lambda done, total: tell("measuring sinks", done, total)
@@ -226,34 +239,58 @@ def _read_sinks(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress)
 
 
 def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
+    """The analysis in the primary's own range and, where that has no secondary sinks, in the further ranges in which
+    the primary is massive; one forward serves all of them."""
     received = [None if r is None else r.mean(0) for r in reading.received]
-    found = analyse(
-        model, ids, received=received, progress=lambda done, total, what: tell(f"secondary sinks: {what}", done, total)
-    )
-    reading.secondary = found
-    starts = found.levels.starts()
-    if found.primary is None or not starts:
+
+    def progress(done: int, total: int, what: str) -> None:
+        tell(f"secondary sinks: {what}", done, total)
+
+    with read_streams(model, ids, progress=progress) as streams, torch.no_grad():
+        _forward(model, ids)
+    found = analyse(model, ids, received=received, reading=streams, progress=progress)
+    reading.secondary = [found]
+    if not found.sinks.positions("secondary"):
+        for further in found.other_ranges:
+            if further.primary is not None and further.positions("secondary"):
+                span = (further.primary.start, further.primary.end)
+                reading.secondary.append(
+                    analyse(model, ids, received=received, reading=streams, span=span, progress=progress)
+                )
+    _try_norms(reading, model, ids[:, :INTERVENTION_TOKENS], tell)
+
+
+def _try_norms(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
+    """The norm intervention at the layer that creates most secondary sinks, when their writes are aligned."""
+    found = reading.telling
+    starts = found.levels.starts() if found is not None else {}
+    if found is None or found.primary is None or not starts:
         return
     layer = max(starts, key=lambda start: starts[start])
     origins = [o for o in found.origins if o.layer == layer and o.aligned]
     if layer not in found.references or not origins:
         return
     usual = sum(o.write_norm for o in origins) / len(origins)
-    short = ids[:, :INTERVENTION_TOKENS]
+    span = (found.primary.start, found.primary.end)
     for turn, share in enumerate(INTERVENTION_SHARES):
         tell("secondary sinks: norm intervention", turn, len(INTERVENTION_SHARES))
-        reading.intervention.append(_intervene(model, short, layer, found, usual * share))
+        reading.intervention.append(_intervene(model, ids, layer, found, span, usual * share))
 
 
-def _intervene(model: nn.Module, ids: Tensor, layer: int, found: SecondarySinks, norm: float) -> dict[str, float]:
+def _intervene(
+    model: nn.Module, ids: Tensor, layer: int, found: SecondarySinks, span: tuple[int, int], norm: float
+) -> dict[str, float]:
     """Sink score and lifetime of the tokens that one layer writes along the primary's direction, at one norm."""
     received = ReceivedMass(None)
-    with rescale_writes(model, layer, found.references[layer], norm) as touched:
-        with observe(model, received), torch.no_grad():
+    with rescale_writes(model, layer, found.references[layer], norm) as touched, torch.no_grad():
+        with (
+            observe(model, received),
+            read_streams(model, ids, entropy=None, key_value=False) as streams,
+        ):
             _forward(model, ids)
-        after = analyse(model, ids, received=None, entropy=None, key_value=False)
-    positions = touched.positions
-    later = [alpha.mean(0) for alpha in received.found.values()][layer:]
+        positions = touched.positions
+        after = analyse(model, ids, reading=streams, entropy=None, key_value=False, span=span)
+    later = [alpha.mean(0) for alpha in received.found.values()][layer + 1 : span[1]]
     score = torch.stack(later)[:, positions].nanmean() if positions and later else torch.tensor(torch.nan)
     lives = {s.position: s.lifetime for s in after.sinks.sinks}
     lifetime = sum(lives.get(p, 0) for p in positions) / max(len(positions), 1)

@@ -42,8 +42,8 @@ def look(
 
     text: a string, a `Text`, or None for the documentation topics that ship with Python. tokens: 2,048 by default, or
     as many as the text and the model have. rows: query rows to sample on long inputs; statistics then carry intervals
-    (by default all rows up to 8,192 tokens, 1,024 beyond). layers: which to report, all by default. heads: (layer, head)
-    pairs for the inspector, by default the most telling ones. allow_longer: read more tokens than the model has
+    (by default all rows up to 8,192 tokens, 1,024 beyond). layers: which to report, all by default. heads: (layer,
+    head) pairs for the inspector, by default the most telling ones. allow_longer: read more tokens than the model has
     positions for. progress: called with (what, done, total).
 
     Raises ArgumentError for unknown layers and heads, too few or too many tokens; InterceptionError for a host that the
@@ -123,9 +123,7 @@ def _model_facts(model: nn.Module, name: str | None, reading: Reading, positions
     }
 
 
-def _run_facts(
-    reading: Reading, text: Text, seed: int, layers: Sequence[int] | None, seconds: float
-) -> dict[str, Any]:
+def _run_facts(reading: Reading, text: Text, seed: int, layers: Sequence[int] | None, seconds: float) -> dict[str, Any]:
     import transformers
 
     import headway
@@ -153,7 +151,8 @@ def _warnings(reading: Reading, text: Text, positions: int | None, metrics: Sequ
     count = reading.ids.shape[1]
     if reading.sample is not None:
         notes.append(
-            f"{reading.sample.index.numel()} of {count} query rows were read; role scores carry 95 % intervals, received "
+            f"{reading.sample.index.numel()} of {count} query rows were read; role scores carry 95 % intervals, "
+            "received "
             "mass is an unbiased estimate."
         )
     if positions is not None and count > positions:

@@ -96,11 +96,11 @@ class HeadMap:
 class Look:
     """Everything that one look at one model found.
 
-    `model` names the host (name, class, layers, heads, kv_heads, head_dim, positions, dtype, parameters); `run` says how
-    it was measured (tokens, text, seed, seconds, versions, threads, sampled rows or "all"). `received[layer][token]` is
-    the mean over heads of the mass that a token receives per query that can see it. `secondary`, `patterns` and `sinks`
-    hold what their analyses return as JSON-ready dictionaries. `findings` are the summary sentences, `warnings` what
-    the reader must know before trusting a number."""
+    `model` names the host (name, class, layers, heads, kv_heads, head_dim, positions, dtype, parameters); `run` says
+    how it was measured (tokens, text, seed, seconds, versions, threads, sampled rows or "all").
+    `received[layer][token]` is the mean over heads of the mass that a token receives per query that can see it.
+    `secondary`, `patterns` and `sinks` hold what their analyses return as JSON-ready dictionaries. `findings` are the
+    summary sentences, `warnings` what the reader must know before trusting a number."""
 
     model: dict[str, Any]
     run: dict[str, Any]
@@ -135,7 +135,9 @@ class Look:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ArgumentError(f"text: got invalid JSON ({error}), expected a report written by Look.to_json.") from None
+            raise ArgumentError(
+                f"text: got invalid JSON ({error}), expected a report written by Look.to_json."
+            ) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             got = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ArgumentError(f"format: got {got!r}, expected {FORMAT}. Run `headway look` again with this version.")

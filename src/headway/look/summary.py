@@ -12,7 +12,7 @@ from headway.look.gather import Reading
 from headway.look.result import HeadMetric, Labels, LayerSeries
 from headway.look.roles import role_metrics
 from headway.methods.long_context.tappa import MEANING
-from headway.methods.sinks.sink_emergence import EPSILON, SiteSinks, verdict
+from headway.methods.sinks.sink_emergence import EPSILON, NO_SINK, SiteSinks, verdict
 
 #: A head whose sinks and recent tokens hold this much of its attention could be served with a short cache.
 STREAMING_HEAD = 0.9
@@ -35,7 +35,9 @@ def _sink_metrics(reading: Reading) -> list[HeadMetric]:
     if reading.sinks is None:
         return []
     measured = reading.sinks
-    by_name = {site.site.name: (site, rates) for site, rates in zip(measured.sites, measured.rates.by_head, strict=True)}
+    by_name = {
+        site.site.name: (site, rates) for site, rates in zip(measured.sites, measured.rates.by_head, strict=True)
+    }
     size = f"over {measured.sequences} sequences of {measured.length} tokens"
 
     def grid(value: Any) -> list[list[float]]:
@@ -56,16 +58,46 @@ def _sink_metrics(reading: Reading) -> list[HeadMetric]:
         return site.alpha[..., 0].nanmean(0)
 
     rows: list[tuple[str, str, str, str, Any]] = [
-        ("first_token_alpha", "Received by the first token", "share", f"Mean weight α₁ on the first token {size}.", first_alpha),
-        ("sink_rate", "Sink rate", "share", f"Share of sequences in which the first token receives more than {EPSILON:g}, {size}.",
-         lambda site, rates: rates[:, 0]),
-        ("value_drain", "Value norm of the first token", "ratio", "Norm of the first value over the mean of the others; below one, mass on it adds little.",
-         mean("value_ratio")),
-        ("key_norm_ratio", "Key norm of the first token", "ratio", "Norm of the first key over the mean of the others.", mean("key_ratio")),
-        ("key_cosine", "First key and mean key", "cosine", "Cosine between the first key and the mean key of the head's group.", mean("key_cosine")),
-    ]  # fmt: skip
+        (
+            "first_token_alpha",
+            "Received by the first token",
+            "share",
+            f"Mean weight α₁ on the first token {size}.",
+            first_alpha,
+        ),
+        (
+            "sink_rate",
+            "Sink rate",
+            "share",
+            f"Share of sequences whose first token receives more than {EPSILON:g}, {size}.",
+            lambda site, rates: rates[:, 0],
+        ),
+        (
+            "value_drain",
+            "Value norm of the first token",
+            "ratio",
+            "Norm of the first value over the mean of the others; mass on a small one adds little.",
+            mean("value_ratio"),
+        ),
+        (
+            "key_norm_ratio",
+            "Key norm of the first token",
+            "ratio",
+            "Norm of the first key over the mean of the others.",
+            mean("key_ratio"),
+        ),
+        (
+            "key_cosine",
+            "First key and mean key",
+            "cosine",
+            "Cosine between the first key and the mean key of the head's group.",
+            mean("key_cosine"),
+        ),
+    ]
     return [
-        HeadMetric(name, label, "sinks", unit, text, grid(value), scale="diverging" if unit == "cosine" else "sequential")
+        HeadMetric(
+            name, label, "sinks", unit, text, grid(value), scale="diverging" if unit == "cosine" else "sequential"
+        )
         for name, label, unit, text, value in rows
     ]
 
@@ -85,21 +117,61 @@ def _pattern_metrics(reading: Reading) -> list[HeadMetric]:
         return rows
 
     rows: list[tuple[str, str, str, str, Any, str]] = [
-        ("query_similarity", "Query self-similarity", "cosine", "Mean cosine between all pairs of queries before the rotary embedding.",
-         lambda p, q: p.query_similarity.all_pre_rope, "diverging"),
-        ("query_similarity_rotated", "Query self-similarity after RoPE", "cosine", "The same after the rotary embedding.",
-         lambda p, q: p.query_similarity.all_post_rope, "diverging"),
-        ("vertical", "Vertical predictability r₀", "cosine", "Mean cosine between a row of attention and the next: stripes.",
-         lambda p, q: p.vertical, "sequential"),
-        ("diagonal", "Diagonal predictability r₁", "cosine", "Mean cosine between a row moved by one and the next: diagonals.",
-         lambda p, q: p.diagonal, "sequential"),
-        ("overlap", "Overlap of adjacent rows", "share", "Attention mass that a row shares with the next.", lambda p, q: p.overlap, "sequential"),
-        ("dominant_period", "Period of the dominant rotary pair", "tokens", "2π/θ of the rotary pair with most query-key energy, where one dominates.",
-         lambda p, q: np.where(q.dominant_pair >= 0, q.dominant_period, NAN), "sequential"),
-    ]  # fmt: skip
+        (
+            "query_similarity",
+            "Query self-similarity",
+            "cosine",
+            "Mean cosine between all pairs of queries before the rotary embedding.",
+            lambda p, q: p.query_similarity.all_pre_rope,
+            "sequential",
+        ),
+        (
+            "query_similarity_rotated",
+            "Query self-similarity after RoPE",
+            "cosine",
+            "The same after the rotary embedding.",
+            lambda p, q: p.query_similarity.all_post_rope,
+            "sequential",
+        ),
+        (
+            "vertical",
+            "Vertical predictability r₀",
+            "cosine",
+            "Mean cosine between a row of attention and the next: stripes.",
+            lambda p, q: p.vertical,
+            "sequential",
+        ),
+        (
+            "diagonal",
+            "Diagonal predictability r₁",
+            "cosine",
+            "Mean cosine between a row moved by one and the next: diagonals.",
+            lambda p, q: p.diagonal,
+            "sequential",
+        ),
+        (
+            "overlap",
+            "Overlap of adjacent rows",
+            "share",
+            "Attention mass that a row shares with the next.",
+            lambda p, q: p.overlap,
+            "sequential",
+        ),
+        (
+            "dominant_period",
+            "Period of the dominant rotary pair",
+            "tokens",
+            "2π/θ of the rotary pair with most query-key energy, where one dominates.",
+            lambda p, q: np.where(q.dominant_pair >= 0, q.dominant_period, NAN),
+            "sequential",
+        ),
+    ]
     if not profiles:
         return []
-    return [HeadMetric(name, label, "patterns", unit, text, grid(v), scale=scale) for name, label, unit, text, v, scale in rows]
+    return [
+        HeadMetric(name, label, "patterns", unit, text, grid(v), scale=scale)
+        for name, label, unit, text, v, scale in rows
+    ]
 
 
 def labels(reading: Reading) -> list[Labels]:
@@ -123,13 +195,31 @@ def layer_series(reading: Reading) -> list[LayerSeries]:
 
     if reading.sinks is not None:
         facts = reading.sinks.summary()
-        add("first_token_share", "share of attention", "Attention on the first token", "share", facts["first_token_share"])
-        add("sink_rate_by_layer", f"heads above {EPSILON:g}", "Attention on the first token", "share", facts["sink_rate_first_by_layer"])
+        add(
+            "first_token_share",
+            "share of attention",
+            "Attention on the first token",
+            "share",
+            facts["first_token_share"],
+        )
+        add(
+            "sink_rate_by_layer",
+            f"heads above {EPSILON:g}",
+            "Attention on the first token",
+            "share",
+            facts["sink_rate_first_by_layer"],
+        )
         add("key_ratio_by_layer", "key norm", "First token against the rest", "ratio", facts["key_norm_ratio"])
         add("value_ratio_by_layer", "value norm", "First token against the rest", "ratio", facts["value_norm_ratio"])
         hidden = facts["hidden_norm_ratio"]
-        add("hidden_ratio_by_layer", "‖h₁‖ / mean ‖h‖", "Norm of the residual stream at the first token", "ratio", hidden)
-    found = reading.secondary
+        add(
+            "hidden_ratio_by_layer",
+            "‖h₁‖ / mean ‖h‖",
+            "Norm of the residual stream at the first token",
+            "ratio",
+            hidden,
+        )
+    found = reading.telling
     if found is not None:
         names = {"primary": "primary sink", "secondary": "secondary sinks", "rest": "other tokens"}
         for group, values in (found.score or {}).items():
@@ -148,22 +238,40 @@ def sinks_section(reading: Reading) -> dict[str, Any]:
     if reading.sinks is None:
         return {}
     facts = reading.sinks.summary()
-    kept = ("epsilon", "length", "sequences", "sink_rate_first", "strongest_position", "strongest_rate", "first_special")
+    kept = (
+        "epsilon",
+        "length",
+        "sequences",
+        "sink_rate_first",
+        "strongest_position",
+        "strongest_rate",
+        "first_special",
+    )
     rates = reading.sinks.rates.overall[:8].tolist()
-    return {"sentence": verdict(reading.sinks), "rates_by_position": rates} | {k: facts[k] for k in kept}
+    position, rate = reading.sinks.strongest
+    positions = [position] if rate >= NO_SINK else []
+    return {"sentence": verdict(reading.sinks), "positions": positions, "rates_by_position": rates} | {
+        k: facts[k] for k in kept
+    }
 
 
 def secondary_section(reading: Reading) -> dict[str, Any]:
     """The secondary sinks as the report draws them, and all that was found beneath."""
-    found = reading.secondary
+    found = reading.telling
     if found is None:
         return {}
     data = found.to_dict()
     chosen = [s for s in data["sinks"]["sinks"] if s["label"] != "noise"]
     tokens = [
-        {"position": s["position"], "token": _piece(reading, s["position"]), "start": s["start"], "lifetime": s["lifetime"], "label": s["label"]}
+        {
+            "position": s["position"],
+            "token": _piece(reading, s["position"]),
+            "start": s["start"],
+            "lifetime": s["lifetime"],
+            "label": s["label"],
+        }
         for s in chosen
-    ]  # fmt: skip
+    ]
     levels = [
         {"start": start, "lifetime": lifetime, "count": count} for (start, lifetime), count in found.levels.common()
     ]
@@ -195,20 +303,34 @@ def _mean_stages(stages: dict[int, dict[str, float]]) -> dict[str, float]:
 
 
 def secondary_sentence(reading: Reading) -> str:
-    found = reading.secondary
-    if found is None or found.primary is None:
-        return found.reason if found is not None else ""
+    """Where the primary sink lives, and what was found beside it, in which range of layers."""
+    if not reading.secondary:
+        return ""
+    found, telling = reading.secondary[0], reading.telling
+    if found.primary is None or telling is None or telling.primary is None:
+        return found.reason
     primary = found.primary
-    seen = found.sinks.positions("secondary")
-    where = f"The primary sink is position {primary.position} ({_quoted(reading, primary.position)}), in layers {primary.start} to {primary.end - 1}"
-    lasting = len(found.sinks.positions("bos_sink"))
-    also = f" {lasting} other token{'s are' if lasting != 1 else ' is'} aligned with it for nearly as long." if lasting else ""
+    where = (
+        f"The primary sink is position {primary.position} ({_quoted(reading, primary.position)}), in layers "
+        f"{primary.start} to "
+        f"{primary.end - 1}"
+    )
+    seen = telling.sinks.positions("secondary")
     if not seen:
-        return f"{where}; no secondary sink was found among {found.sinks.tokens} tokens.{also}"
-    starts = found.levels.starts()
+        return f"{where}; no secondary sink was found among {found.sinks.tokens} tokens"
+    starts = telling.levels.starts()
     first = max(starts, key=lambda layer: starts[layer])
     plural = "s" if len(seen) != 1 else ""
-    return f"{where}; {len(seen)} secondary sink{plural}, most of them created in layer {first} ({starts[first]}).{also}"
+    span = (
+        "there"
+        if telling is found
+        else f"in its earlier range, layers {telling.primary.start} to {telling.primary.end - 1}"
+    )
+    some = list(dict.fromkeys(_quoted(reading, p) for p in seen))[:3]
+    return (
+        f"{where}; {len(seen)} secondary sink{plural} {span}, "
+        f"{starts[first]} of them created in layer {first}: {', '.join(some)}"
+    )
 
 
 def patterns_section(reading: Reading) -> dict[str, Any]:
@@ -241,7 +363,12 @@ def roles_section(reading: Reading) -> dict[str, Any]:
     section: dict[str, Any] = {}
     if reading.retrieval is not None:
         r = reading.retrieval
-        section["copy task"] = {"accuracy": r.accuracy, "answers right": r.solved, "chance": r.chance, "usable": r.usable}
+        section["copy task"] = {
+            "accuracy": r.accuracy,
+            "answers right": r.solved,
+            "chance": r.chance,
+            "usable": r.usable,
+        }
     if reading.induction is not None:
         section["repeated tokens"] = {"accuracy": reading.induction.accuracy, "chance": reading.induction.chance}
     return section
@@ -263,13 +390,18 @@ def findings(reading: Reading, metrics: Sequence[HeadMetric]) -> list[str]:
         streaming = table["streaming"]
         many = int((streaming >= STREAMING_HEAD).sum())
         sentences.append(
-            f"{many} of {int(np.isfinite(streaming).sum())} heads put {STREAMING_HEAD:.0%} or more of their attention on the "
+            f"{many} of {int(np.isfinite(streaming).sum())} heads put {STREAMING_HEAD:.0%} or more of their "
+            "attention on the "
             "first 4 and the last 64 tokens: a short cache would serve them."
         )
     if reading.retrieval is not None and reading.retrieval.usable:
-        sentences.append(_role_sentence(table, "retrieval", "copy from afar", reading.retrieval.accuracy, "the copy task"))
+        sentences.append(
+            _role_sentence(table, "retrieval", "copy from afar", reading.retrieval.accuracy, "the copy task")
+        )
     if reading.induction is not None:
-        sentences.append(_role_sentence(table, "induction", "do induction", reading.induction.accuracy, "repeated tokens"))
+        sentences.append(
+            _role_sentence(table, "induction", "do induction", reading.induction.accuracy, "repeated tokens")
+        )
     return sentences
 
 
@@ -279,7 +411,8 @@ def _first_token_sentences(reading: Reading) -> list[str]:
     share = np.asarray(facts["first_token_share"])
     top = int(np.nanargmax(share))
     sentences = [
-        f"{np.nanmean(share):.0%} of attention goes to the first token, most in layer {top} ({share[top]:.0%}); its values have "
+        f"{np.nanmean(share):.0%} of attention goes to the first token, most in layer {top} ({share[top]:.0%}); "
+        "its values have "
         f"{np.nanmean(facts['value_norm_ratio']):.2f} times the norm of the others, so mass there adds little."
         if np.nanmean(facts["value_norm_ratio"]) < 1
         else f"{np.nanmean(share):.0%} of attention goes to the first token, most in layer {top} ({share[top]:.0%})."
@@ -289,7 +422,8 @@ def _first_token_sentences(reading: Reading) -> list[str]:
         layer = int(np.nanargmax(hidden))
         word = "a massive activation" if hidden[layer] >= 10 else "no massive activation"
         sentences.append(
-            f"{hidden[layer]:.1f} times the norm of other tokens: the residual stream of the first token at its largest, "
+            f"{hidden[layer]:.1f} times the norm of other tokens: the residual stream of the first token at its "
+            "largest, "
             f"entering layer {layer}: {word}."
         )
     return sentences
@@ -307,8 +441,11 @@ def _role_sentence(table: dict[str, np.ndarray], name: str, does: str, accuracy:
     layer, head = np.unravel_index(int(np.nanargmax(values)), values.shape)
     many = int((values >= ROLE).sum())
     return (
-        f"{many} head{'s' if many != 1 else ''} {does if many != 1 else does.replace('copy', 'copies').replace('do ', 'does ')} (score of at "
-        f"least {ROLE:g}); the strongest is {layer}.{head} with {values[layer, head]:.2f}. The model is right in {accuracy:.0%} of {task}."
+        f"{many} head{'s' if many != 1 else ''} "
+        f"{does if many != 1 else does.replace('copy', 'copies').replace('do ', 'does ')} (score of at "
+        f"least {ROLE:g}); the strongest is head {head} of layer {layer} with {values[layer, head]:.2f}. The "
+        "model is right in "
+        f"{accuracy:.0%} of {task}."
     )
 
 
