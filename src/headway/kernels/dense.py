@@ -141,8 +141,8 @@ def dense_attention(
     """Attention output (dtype of `value`) and log-sum-exp (float32).
 
     `edit(weights, rows)` may return other weights for a block of query rows. `empty_rows="zero"` gives a zero output
-    for rows that see no key, as fused kernels do for padding; `"raise"` (default) raises EmptyRowError. `mode="reference"`
-    takes all rows at once. Memory is O(block × keys) beside the result."""
+    for rows that see no key, as fused kernels do for padding; `"raise"` (default) raises EmptyRowError.
+    `mode="reference"` takes all rows at once. Memory is O(block × keys) beside the result."""
     if mode not in ("reference", "block"):
         raise ArgumentError(f"mode: got {mode!r}, expected 'reference' or 'block'.")
     if empty_rows not in ("raise", "zero"):
