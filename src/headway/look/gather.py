@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headway.door import AttentionCall, Observer, Site, observe
-from headway.errors import ArgumentError, HeadwayError
+from headway.errors import ArgumentError, HeadwayError, HostError
+from headway.hosts import starts_with_special
 from headway.kernels.reductions import reduce_attention
 from headway.kernels.rows import RowSample, stratified_rows
 from headway.look.maps import MapObserver
@@ -29,7 +31,7 @@ from headway.look.roles import (
     sentence_spans,
 )
 from headway.methods.long_context.tappa import HeadPatterns, PatternObserver, PatternProfile, classify
-from headway.methods.sinks.secondary_sinks import SecondarySinks, analyse, read_streams, rescale_writes
+from headway.methods.sinks.secondary_sinks import SecondarySinks, analyse, find_structure, read_streams, rescale_writes
 from headway.methods.sinks.sink_emergence import SinkMeasurement, alpha_from_received, measure_sinks
 from headway.tasks.copying import ordinary_ids
 
@@ -68,6 +70,7 @@ class Reading:
     retrieval: RetrievalResult | None = None
     induction: InductionResult | None = None
     maps: list[HeadMap] = field(default_factory=list)
+    streams: Streams = field(default_factory=lambda: Streams())
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -75,6 +78,31 @@ class Reading:
     def telling(self) -> SecondarySinks | None:
         """The analysis that found secondary sinks, else the one of the primary's own range."""
         return next((s for s in self.secondary if s.sinks.positions("secondary")), next(iter(self.secondary), None))
+
+
+@dataclass
+class Streams:
+    """The residual streams of the forward over the text, or why they could not be read."""
+
+    found: Any = None
+    error: HostError | None = None
+
+
+@contextmanager
+def _streams_too(model: nn.Module, ids: Tensor) -> Iterator[Streams]:
+    """Reads the residual streams of the one forward inside; a host without readable blocks only leaves an error."""
+    streams = Streams()
+    try:
+        find_structure(model)
+    except HostError as error:
+        streams.error = error
+        yield streams
+        return
+    try:
+        with read_streams(model, ids) as streams.found:
+            yield streams
+    except HostError as error:
+        streams.error = error
 
 
 class ReceivedMass(Observer):
@@ -124,7 +152,7 @@ def read(
     )
     pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
     reading = _read_text(model, ids, pieces, sample, layers, tell)
-    _timed(reading, "sinks", lambda: _read_sinks(reading, model, ids, tell))
+    _timed(reading, "sinks", lambda: _read_sinks(reading, model, tokenizer, tell))
     _timed(reading, "secondary sinks", lambda: _read_secondary(reading, model, ids, tell))
     _timed(reading, "roles", lambda: _read_roles(reading, model, tokenizer, seed, tell))
     return reading
@@ -171,7 +199,11 @@ def _read_text(
     roles = RoleObserver(sentences=sentence_spans(text, offsets), rows=sample)
     patterns = PatternObserver.of(model, max_rows=PATTERN_ROWS)
     ticker = _Ticker(tell)
-    with torch.no_grad(), observe(model, received, roles, patterns, ticker, layers=layers) as handle:
+    with (
+        torch.no_grad(),
+        observe(model, received, roles, patterns, ticker, layers=layers) as handle,
+        _streams_too(model, ids) as streams,
+    ):
         everything = handle._door.sites.values() if handle._door is not None else ()
         sites, note = main_stack(list(everything))
         ticker.total = len(handle.sites)
@@ -187,6 +219,7 @@ def _read_text(
         roles=[r for r in roles.result() if r.site.name in names],
         profiles=profiles,
         patterns=classify(profiles) if profiles else [],
+        streams=streams,
         notes=[note] if note else [],
     )
     reading.seconds["text"] = time.perf_counter() - start
@@ -224,7 +257,8 @@ class _Ticker(Observer):
         self.tell("reading the text", self.done, max(self.total, self.done))
 
 
-def _read_sinks(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
+def _read_sinks(reading: Reading, model: nn.Module, tokenizer: Any, tell: Progress) -> None:
+    ids = reading.ids
     count = min(ids.shape[1] // SINK_LENGTH, SINK_SEQUENCES)
     length = SINK_LENGTH if count else None
     sequences = ids[0, : count * SINK_LENGTH].view(count, SINK_LENGTH) if count else ids
@@ -234,7 +268,11 @@ def _read_sinks(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress)
             "or more."
         )
     reading.sinks = measure_sinks(
-        model, sequences, length=length, progress=lambda done, total: tell("measuring sinks", done, total)
+        model,
+        sequences,
+        length=length,
+        special_ids=set(tokenizer.all_special_ids),
+        progress=lambda done, total: tell("measuring sinks", done, total),
     )
 
 
@@ -246,16 +284,17 @@ def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Progr
     def progress(done: int, total: int, what: str) -> None:
         tell(f"secondary sinks: {what}", done, total)
 
-    with read_streams(model, ids, progress=progress) as streams, torch.no_grad():
-        _forward(model, ids)
-    found = analyse(model, ids, received=received, reading=streams, progress=progress)
+    streams = reading.streams
+    if streams.error is not None:
+        raise streams.error
+    found = analyse(model, ids, received=received, reading=streams.found, progress=progress)
     reading.secondary = [found]
     if not found.sinks.positions("secondary"):
         for further in found.other_ranges:
             if further.primary is not None and further.positions("secondary"):
                 span = (further.primary.start, further.primary.end)
                 reading.secondary.append(
-                    analyse(model, ids, received=received, reading=streams, span=span, progress=progress)
+                    analyse(model, ids, received=received, reading=streams.found, span=span, progress=progress)
                 )
     _try_norms(reading, model, ids[:, :INTERVENTION_TOKENS], tell)
 
@@ -304,8 +343,13 @@ def _read_roles(reading: Reading, model: nn.Module, tokenizer: Any, seed: int, t
     warning = reading.retrieval.warning()
     if warning:
         reading.notes.append(warning)
+    opening = [int(reading.ids[0, 0])] if starts_with_special(tokenizer, reading.ids) else []
     reading.induction = measure_induction(
-        model, ordinary_ids(tokenizer), seed=seed, progress=lambda done, total: tell("repeated tokens", done, total)
+        model,
+        ordinary_ids(tokenizer),
+        prefix=opening,
+        seed=seed,
+        progress=lambda done, total: tell("repeated tokens", done, total),
     )
 
 

@@ -36,6 +36,7 @@ from headway.methods.sinks.secondary_sinks.measures import (
 )
 from headway.methods.sinks.secondary_sinks.origin import Origin, stage_cosines
 from headway.methods.sinks.secondary_sinks.stream import Reading, read_streams
+from headway.methods.sinks.secondary_sinks.structure import find_structure
 from headway.methods.sinks.secondary_sinks.triggers import Trigger
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "chunk_entropies",
     "detect",
     "find_primary",
+    "find_structure",
     "group_profile",
     "label_rule",
     "lifetime_law",
