@@ -284,6 +284,19 @@ def test_scratch_lives_for_one_forward():
     assert counts.seen == [1, 2, 3, 1, 2, 3]
 
 
+def test_a_modules_inputs_are_let_go_when_it_has_run():
+    model, record = CAUSAL["llama"](), Record()
+    alive = []
+
+    class Watch(Observer):
+        def observe(self, call, output, lse=None):
+            alive.append(len(handle._door._local.hidden))
+
+    with torch.no_grad(), headway.observe(model, record, Watch()) as handle:
+        model(tokens())
+    assert alive == [1, 1, 1]
+
+
 def test_exception_in_a_forward_restores_everything():
     class Fails(Observer):
         def observe(self, call, output, lse=None):

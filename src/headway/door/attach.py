@@ -187,6 +187,7 @@ class Door:
                 if adapter.uses_registry(module):
                     _MODULE_DOORS[module] = weakref.ref(self)
                     self._hooks.append(module.register_forward_pre_hook(self._enter_attention, with_kwargs=True))
+                    self._hooks.append(module.register_forward_hook(self._leave_attention, always_call=True))
                 if module is model or hasattr(module, "_can_set_attn_implementation"):
                     self._hooks.append(module.register_forward_pre_hook(self._enter_model, with_kwargs=True))
                     self._hooks.append(module.register_forward_hook(self._leave_model, always_call=True))
@@ -281,6 +282,10 @@ class Door:
             local.forward, local.fired, local.hidden = Forward(), defaultdict(int), {}
         hidden = args[0] if args else next((kwargs[k] for k in ("hidden_states", "query", "x") if k in kwargs), None)
         local.hidden[module] = (hidden, kwargs)
+
+    def _leave_attention(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Lets go of the module's inputs, which would otherwise all live until the end of the forward."""
+        getattr(self._local, "hidden", {}).pop(module, None)
 
     def serve(
         self,

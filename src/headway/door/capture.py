@@ -204,6 +204,7 @@ class Capture(Observer):
             row_valid=None if padded is None or not bool(padded.any()) else ~padded,
             spans=spans,
             top=self.spec.top,
+            workspace=call.forward.scratch,
             **call.arguments(),
         )
         return {

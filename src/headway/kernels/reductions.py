@@ -23,7 +23,6 @@ Rows that see nothing are NaN in row statistics and add nothing to sums.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +35,8 @@ from headway.errors import ArgumentError, unknown
 from headway.kernels.dense import attention_logits, check_heads, normalise, visible_keys
 from headway.kernels.rows import RowSample
 
-#: Elements of one block of weights: 2 M float32 are 8 MB and stay in the caches of a laptop.
-BLOCK_ELEMENTS = 2_000_000
+#: Elements of one block of weights: 1.2 M float32 are 5 MB and stay in the caches of a laptop.
+BLOCK_ELEMENTS = 1_200_000
 #: Stands for −inf inside the fast form, where 0 · −inf must be 0.
 HIDDEN = -1e30
 
@@ -118,13 +117,14 @@ def reduce_attention(
     window: int = 64,
     block: int | None = None,
     mode: str = "block",
+    workspace: dict[Any, Any] | None = None,
 ) -> dict[str, Tensor]:
     """The reductions named in `what`, each as (batch, heads, …) in float32 (or int64).
 
     `rows` limits the work to some query rows: a RowSample weights sums so that they estimate those of all rows.
     `row_valid` leaves out padding rows. `spans` are [start, stop) key ranges for `span_mass` and the segments of
     `block_mean`, `window` is the reach of `recent`. `mode="reference"` takes every reduction from the full
-    matrix, by its definition."""
+    matrix, by its definition. `workspace` is a dictionary in which calls that follow each other share their memory."""
     for name in what:
         if name not in REDUCTIONS:
             raise unknown("what", name, REDUCTIONS)
@@ -150,11 +150,11 @@ def reduce_attention(
     reducers = {name: _REDUCERS[name](query, key, spans, top, window) for name in what}
     query = query.float()
     key_columns = key.float().transpose(-1, -2)
-    scratch: dict[str, Tensor] = {}
+    room = _room(query.shape[0] * query.shape[1] * min(step, index.numel()) * keys, query.device, workspace)
     for start in range(0, index.numel(), step):
         part = index[start : start + step]
         part_weight = None if weight is None else weight[:, start : start + step]
-        piece = _weights(query, key_columns, part, part_weight, common, sinks, scratch)
+        piece = _weights(query, key_columns, part, part_weight, common, sinks, room)
         for reducer in reducers.values():
             reducer.update(piece)
     results = {name: reducer.result() for name, reducer in reducers.items()}
@@ -208,9 +208,12 @@ def _weights(
     row_weight: Tensor | None,
     common: dict[str, Any],
     sinks: Tensor | None,
-    scratch: dict[str, Tensor],
+    room: Float[Tensor, "2 elements"],
 ) -> Block:
-    """The weights of some rows. Keys beyond what the last of the rows can see are left out of a causal call."""
+    """The weights of some rows. Keys beyond what the last of the rows can see are left out of a causal call.
+
+    Logits and weights are written to `room`, which the blocks share: memory that is made and dropped block by block in
+    growing sizes costs more time than the arithmetic."""
     total = key_columns.shape[-1]
     positions = rows + common["offset"]
     keys = min(int(positions[-1]) + 1, total) if common["causal"] and rows.numel() else total
@@ -219,9 +222,8 @@ def _weights(
     kv_heads = key_columns.shape[1]
     q = (query[:, :, rows] * common["scale"]).reshape(batch * kv_heads, -1, query.shape[3])
     k = key_columns[..., :keys].reshape(batch * kv_heads, query.shape[3], keys)
-    logits = _buffer(scratch, "logits", (batch * kv_heads, q.shape[1], keys), q)
-    torch.bmm(q, k, out=logits)
-    logits = logits.view(batch, heads, count, keys)
+    logits, weights = room[:, : batch * heads * count * keys].view(2, batch, heads, count, keys)
+    torch.bmm(q, k, out=logits.view(batch * kv_heads, q.shape[1], keys))
     softcap, bias, mask = common["softcap"], common["bias"], common["mask"]
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -240,7 +242,7 @@ def _weights(
         logits[..., first:].masked_fill_(future, HIDDEN)
         if int(positions[0]) < 0:
             empty = (positions < 0).expand(batch, heads, count)
-    weights = torch.softmax(logits, -1)
+    torch.ops.aten._softmax.out(logits, -1, False, out=weights)
     # The log-sum-exp follows from the largest entry: ln w_max = s_max − lse.
     lse = logits.amax(-1) - weights.amax(-1).log()
     if sinks is not None:
@@ -254,12 +256,15 @@ def _weights(
     return Block(rows, positions, logits, weights, lse, seen, empty, row_weight, common["causal"], whole)
 
 
-def _buffer(scratch: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of `shape` cut from memory that the blocks share."""
-    need = math.prod(shape)
-    if name not in scratch or scratch[name].numel() < need:
-        scratch[name] = torch.empty(need, dtype=like.dtype, device=like.device)
-    return scratch[name][:need].view(shape)
+def _room(elements: int, device: torch.device, workspace: dict[Any, Any] | None) -> Float[Tensor, "2 elements"]:
+    """Memory for the logits and the weights of one block, kept in the workspace when there is one."""
+    token = ("reductions", device)
+    kept = None if workspace is None else workspace.get(token)
+    if kept is None or kept.shape[1] < elements:
+        kept = torch.empty(2, elements, device=device)
+        if workspace is not None:
+            workspace[token] = kept
+    return kept[:, :elements]
 
 
 class _Reducer:
@@ -404,7 +409,7 @@ class _Top(_Reducer):
 
 class _Weights(_Reducer):
     def row_statistic(self, block: Block) -> Tensor:
-        return torch.nn.functional.pad(block.weights, (0, self.keys - block.weights.shape[-1]))
+        return torch.nn.functional.pad(block.weights.clone(), (0, self.keys - block.weights.shape[-1]))
 
 
 class _Logits(_Reducer):

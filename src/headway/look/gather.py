@@ -122,7 +122,13 @@ class ReceivedMass(Observer):
 
     def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
         reduced = reduce_attention(
-            call.query, call.key, ("received", "visible"), sinks=call.sinks, rows=self.sample, **call.arguments()
+            call.query,
+            call.key,
+            ("received", "visible"),
+            sinks=call.sinks,
+            rows=self.sample,
+            workspace=call.forward.scratch,
+            **call.arguments(),
         )
         self.found[call.site.name] = alpha_from_received(reduced["received"], reduced["visible"])[0].cpu()
 
