@@ -233,7 +233,8 @@ def _weights(
     seen = empty = None
     if mask is not None:
         narrow = mask[..., :keys]
-        seen = visible_keys(rows, keys, causal=common["causal"], offset=common["offset"], mask=narrow)
+        visible = visible_keys(rows, keys, causal=common["causal"], offset=common["offset"], mask=narrow)
+        seen = narrow if visible is None else visible
         logits = logits.masked_fill(~seen, HIDDEN)
         empty = ~seen.any(-1).expand(batch, heads, count)
     elif common["causal"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,14 @@ from headway.look.roles import (
     sentence_spans,
 )
 from headway.methods.long_context.tappa import HeadPatterns, PatternObserver, PatternProfile, classify
-from headway.methods.sinks.secondary_sinks import SecondarySinks, analyse, find_structure, read_streams, rescale_writes
+from headway.methods.sinks.secondary_sinks import (
+    ALIGNED,
+    SecondarySinks,
+    analyse,
+    find_structure,
+    read_streams,
+    rescale_writes,
+)
 from headway.methods.sinks.sink_emergence import SinkMeasurement, alpha_from_received, measure_sinks
 from headway.tasks.copying import ordinary_ids
 
@@ -67,6 +75,7 @@ class Reading:
     sinks: SinkMeasurement | None = None
     secondary: list[SecondarySinks] = field(default_factory=list)
     intervention: list[dict[str, float]] = field(default_factory=list)
+    left_out: str = ""
     retrieval: RetrievalResult | None = None
     induction: InductionResult | None = None
     maps: list[HeadMap] = field(default_factory=list)
@@ -306,15 +315,21 @@ def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Progr
 
 
 def _try_norms(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
-    """The norm intervention at the layer that creates most secondary sinks, when their writes are aligned."""
+    """The norm intervention at the layer that writes most secondary sinks along the primary's direction."""
     found = reading.telling
-    starts = found.levels.starts() if found is not None else {}
-    if found is None or found.primary is None or not starts:
+    if found is None or found.primary is None or not found.origins:
         return
-    layer = max(starts, key=lambda start: starts[start])
-    origins = [o for o in found.origins if o.layer == layer and o.aligned]
-    if layer not in found.references or not origins:
+    along = [o for o in found.origins if abs(o.cosines["down"]) > ALIGNED and o.layer in found.references]
+    aligned = Counter(o.layer for o in along)
+    if not aligned:
+        best = max(abs(o.cosines["down"]) for o in found.origins)
+        reading.left_out = (
+            f"No norm intervention: no MLP writes a secondary sink with a cosine above {ALIGNED} to the primary's "
+            f"output (the largest is {best:.3f})."
+        )
         return
+    layer = aligned.most_common(1)[0][0]
+    origins = [o for o in along if o.layer == layer]
     usual = sum(o.write_norm for o in origins) / len(origins)
     span = (found.primary.start, found.primary.end)
     for turn, share in enumerate(INTERVENTION_SHARES):

@@ -60,7 +60,7 @@ def look(
         reading = read(model, tokenizer, ids, rows=rows, layers=layers, seed=seed, progress=progress)
         metrics = summary.head_metrics(reading)
         chosen = choose_heads(metrics) if heads is None else list(heads)
-        read_maps(reading, model, chosen, progress)
+        read_maps(reading, model, list(chosen), progress)
     finally:
         model.train(training)
     return Look(

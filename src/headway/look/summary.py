@@ -12,6 +12,7 @@ from headway.look.gather import Reading
 from headway.look.result import HeadMetric, Labels, LayerSeries
 from headway.look.roles import role_metrics
 from headway.methods.long_context.tappa import MEANING
+from headway.methods.sinks.secondary_sinks import SecondarySinks
 from headway.methods.sinks.sink_emergence import EPSILON, NO_SINK, SiteSinks, verdict
 
 #: A head whose sinks and recent tokens hold this much of its attention could be served with a short cache.
@@ -287,19 +288,24 @@ def secondary_section(reading: Reading) -> dict[str, Any]:
     return {
         "found": found.primary is not None and bool(tokens),
         "sentence": secondary_sentence(reading),
-        "primary": data["primary"],
+        "primary": reading.secondary[0].to_dict()["primary"],
+        "range of the secondary sinks": _span(found) if found is not reading.secondary[0] else None,
         "tokens": tokens,
         "levels": levels,
         "stages": stages,
         "triggers": triggers,
         "intervention": reading.intervention,
-        "notes": data["notes"],
+        "notes": [*data["notes"], *([reading.left_out] if reading.left_out else [])],
     }
 
 
 def _mean_stages(stages: dict[int, dict[str, float]]) -> dict[str, float]:
     names = list(dict.fromkeys(name for table in stages.values() for name in table))
     return {name: float(np.nanmean([t[name] for t in stages.values() if name in t])) for name in names}
+
+
+def _span(found: SecondarySinks) -> str | None:
+    return None if found.primary is None else f"layers {found.primary.start} to {found.primary.end - 1}"
 
 
 def secondary_sentence(reading: Reading) -> str:

@@ -34,12 +34,13 @@ from headway.methods.sinks.secondary_sinks.measures import (
     sink_score,
     token_groups,
 )
-from headway.methods.sinks.secondary_sinks.origin import Origin, stage_cosines
+from headway.methods.sinks.secondary_sinks.origin import ALIGNED, Origin, stage_cosines
 from headway.methods.sinks.secondary_sinks.stream import Reading, read_streams
 from headway.methods.sinks.secondary_sinks.structure import find_structure
 from headway.methods.sinks.secondary_sinks.triggers import Trigger
 
 __all__ = [
+    "ALIGNED",
     "CARD",
     "LabelRule",
     "LevelTable",
