@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from headway.door import adapter
 from headway.door.call import AttentionCall, Forward, Site
-from headway.door.execute import execute, refuse_emptied_rows
-from headway.door.stages import Editor, Observer, Selector, Stage
+from headway.door.execute import Executed, execute, execute_parts, refuse_emptied_rows
+from headway.door.stages import CachePolicy, Driver, Editor, Observer, Selector, Stage
 from headway.errors import ArgumentError, ConflictError, InterceptionError, unknown
 
 _DOORS: weakref.WeakKeyDictionary[nn.Module, Door] = weakref.WeakKeyDictionary()
@@ -85,6 +86,7 @@ class Handle:
         self.example = example
         self.reports: dict[str, SiteReport] = {}
         self._door: Door | None = None
+        self._driven: Any = None
 
     def attach(self) -> Handle:
         """Opens the door, tests it on the example, and puts the stages in place."""
@@ -107,6 +109,7 @@ class Handle:
             self._door = None
             close_door(door)
             raise
+        self._drive()
         for stage in self.stages:
             if isinstance(stage, Observer):
                 stage.start()
@@ -116,6 +119,7 @@ class Handle:
         """Takes the stages off; the last scope of a model restores it."""
         door, self._door = self._door, None
         if door is not None:
+            self._stop_driving()
             door.remove(self)
             close_door(door)
 
@@ -148,6 +152,21 @@ class Handle:
         report.density_sum += density
         report.select_seconds += select_seconds
         report.execute_seconds += execute_seconds
+
+    def _drive(self) -> None:
+        """Puts the driver, where there is one, in front of the host's `generate`."""
+        drivers = [s for s in self.stages if isinstance(s, Driver)]
+        for driver in drivers:
+            generate: Any = self.model.generate
+            self._driven = self.model.__dict__.get("generate")
+            self.model.__dict__["generate"] = partial(driver.generate, self.model, generate)
+
+    def _stop_driving(self) -> None:
+        if any(isinstance(s, Driver) for s in self.stages):
+            if self._driven is None:
+                self.model.__dict__.pop("generate", None)
+            else:
+                self.model.__dict__["generate"] = self._driven
 
     def _check_layers(self, door: Door) -> None:
         known = sorted({site.layer for site in door.sites.values()})
@@ -220,9 +239,21 @@ class Door:
         self._renamed.append(config)
 
     def add(self, handle: Handle) -> None:
+        everything = [s for h in (*self.handles, handle) for s in h.stages]
+        for kind, what in ((CachePolicy, "cache policies"), (Driver, "drivers")):
+            found = [s for s in everything if isinstance(s, kind)]
+            if len(found) > 1:
+                raise ConflictError(
+                    f"methods: got two {what}, {found[0].title} and {found[1].title}, expected one for a model. Attach "
+                    "one at a time."
+                )
         for site in self.sites.values():
             _refuse_conflicts(site, [s for h in (*self.handles, handle) for s in h.acting(site)])
         self.handles.append(handle)
+
+    @property
+    def policy(self) -> CachePolicy | None:
+        return next((s for h in self.handles for s in h.stages if isinstance(s, CachePolicy)), None)
 
     def remove(self, handle: Handle) -> None:
         self.handles.remove(handle)
@@ -240,15 +271,22 @@ class Door:
         """A copy of the host shares this door's hooks, which pass over modules that are not the host's."""
         return self
 
-    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if module not in self._names:
-            return
+            return None
         local = self._local
         local.depth = getattr(local, "depth", 0) + 1
         if local.depth > 1 and getattr(local, "forward", None) is not None:
             if local.forward.padding is None:
                 local.forward.padding = _padding(kwargs)
-            return
+            return None
+        policy = self.policy if self.probe is None else None
+        changed = None
+        if policy is not None:
+            kwargs = _with_policy_cache(policy, module, kwargs)
+            changed = args, kwargs
         past = _cache_length(kwargs)
         local.step = getattr(local, "step", -1) + 1 if past else 0
         local.forward = Forward(
@@ -256,6 +294,7 @@ class Door:
         )
         local.fired = defaultdict(int)
         local.hidden = {}
+        return changed
 
     def _leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
         if module not in self._names:
@@ -264,7 +303,12 @@ class Door:
         local.depth = max(getattr(local, "depth", 1) - 1, 0)
         if local.depth:
             return
-        fired, local.forward, local.hidden = local.fired, None, {}
+        fired, forward, local.forward, local.hidden = local.fired, local.forward, None, {}
+        policy = self.policy if self.probe is None else None
+        if output is not None and policy is not None and forward is not None:
+            cache = forward.inputs.get("past_key_values")
+            if cache is not None and id(getattr(cache, "policy", None)) == id(policy):
+                policy.settle(cache)
         if output is not None and not fired and self.handles and self.probe is None:
             raise InterceptionError(
                 f"model: got a forward of {type(module).__name__} in which no attention passed the door, expected "
@@ -364,8 +408,8 @@ def use(
     for method in methods:
         if not isinstance(method, Stage):
             raise ArgumentError(
-                f"methods: got {method!r}, expected instances of Selector, Editor or Observer. Construct the "
-                "method first."
+                f"methods: got {method!r}, expected instances of Selector, Editor, CachePolicy, Driver or Observer. "
+                "Construct the method first."
             )
     return Handle(model, methods, layers=layers, sites=sites, selftest=selftest, example=example)
 
@@ -421,7 +465,8 @@ def _run(
     keywords: dict[str, Any],
     stages: list[tuple[Handle, Stage]],
 ) -> tuple[Tensor, Tensor | None]:
-    selectors = [s for _, s in stages if isinstance(s, Selector)]
+    selectors = [s for _, s in stages if isinstance(s, Selector) and call.forward.phase in s.phases]
+    policy = next((s for _, s in stages if isinstance(s, CachePolicy)), None)
     editors = [s for _, s in stages if isinstance(s, Editor)]
     edited = call
     for editor in editors:
@@ -431,8 +476,20 @@ def _run(
             edited = changed
     start = time.perf_counter()
     weights: Tensor | None = None
-    if selectors or edited is not call or any("weights" in e.edits for e in editors):
-        done = execute(edited, selectors, editors)
+    done: Executed | None = None
+    if policy is not None:
+        parts = policy.read(edited)
+        if parts is not None:
+            if selectors:
+                raise ConflictError(
+                    f"methods at {call.site.name}: got {selectors[0].title}, which selects keys in "
+                    f"{call.forward.phase}, where {policy.title} reads its own cache; expected one of them to act. Use "
+                    "a selector for the other phase, or other layers."
+                )
+            done = execute_parts(edited, parts, editors, policy.title, time.perf_counter() - start)
+    if done is None and (selectors or edited is not call or any("weights" in e.edits for e in editors)):
+        done = execute(edited, selectors, editors, changed=edited is not call)
+    if done is not None:
         edited, output, lse, path, density = done.call, done.output, done.lse, done.path, done.density
         spent = (done.select_seconds, done.execute_seconds)
     else:
@@ -460,6 +517,9 @@ def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
             f"methods at {site.name}: got two selectors, {first.title} and {second.title}, expected one. Give them "
             "different layers or sites, or combine their selections in one selector."
         )
+    policies = [s for s in stages if isinstance(s, CachePolicy)]
+    if policies:
+        _refuse_beside_policy(site, policies[0], stages)
     readers = [s for s in stages if isinstance(s, Observer) and s.reads_weights]
     writers = [s for s in stages if isinstance(s, Editor) and "weights" in s.edits and not s.keeps_weights]
     if readers and writers:
@@ -468,6 +528,41 @@ def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
             f"{writers[0].title}, which "
             "replaces them; expected one or the other. Capture head_output, or read in a scope without the editor."
         )
+
+
+def _refuse_beside_policy(site: Site, policy: CachePolicy, stages: Sequence[Stage]) -> None:
+    """What a cache policy's own calls cannot carry at a site: selectors of the same phase, readers and editors of
+    weights that know only whole calls."""
+    for stage in stages:
+        both = isinstance(stage, Selector) and stage.phases & policy.narrows
+        blind = isinstance(stage, Editor) and "weights" in stage.edits and not stage.reads_parts
+        if both or blind or (isinstance(stage, Observer) and stage.reads_weights):
+            why = (
+                f"selects keys in {', '.join(sorted(stage.phases & policy.narrows))}, where the policy reads its cache"
+                if isinstance(stage, Selector)
+                else "needs the weights over all keys of all heads"
+            )
+            raise ConflictError(
+                f"methods at {site.name}: got {policy.title} and {stage.title}, which {why}; expected one of them "
+                "there. Give them different layers, or use them in separate scopes."
+            )
+
+
+def _with_policy_cache(policy: CachePolicy, model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The host's keyword inputs with a cache of the policy where the host would make or has made an empty one."""
+    cache = kwargs.get("past_key_values")
+    if getattr(cache, "policy", None) is not policy:
+        if cache is None:
+            asked = kwargs.get("use_cache")
+            if not (getattr(getattr(model, "config", None), "use_cache", False) if asked is None else asked):
+                return kwargs
+        elif _tokens_seen(cache, 0):
+            raise ConflictError(
+                f"past_key_values: got a {type(cache).__name__} with {_tokens_seen(cache, 0)} tokens that was filled "
+                f"without {policy.title}, expected an empty cache or none. Start the request inside the scope."
+            )
+        kwargs = kwargs | {"past_key_values": policy.make_cache(model)}
+    return policy.enter(kwargs["past_key_values"], kwargs)
 
 
 def _restore_name(config: Any) -> None:
@@ -511,7 +606,8 @@ def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], 
     positions = keywords.get("position_ids", given.get("position_ids"))
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == query.shape[2]:
         forward.positions = positions
-    forward.phase = "decode" if query.shape[2] == 1 and key.shape[2] > 1 else "prefill"
+    past = key.shape[2] > 1 or (forward.cache is not None and forward.step > 0)
+    forward.phase = "decode" if query.shape[2] == 1 and past else "prefill"
 
 
 def _at_positions(call: AttentionCall) -> AttentionCall:

@@ -61,7 +61,11 @@ class AttentionCall:
     sees keys up to i + `offset` on top of the mask; `sinks` are learned sink logits, one per head. `hidden` is the
     input of the attention module where the host gives one. `first_key` and `first_query` are the positions in the
     sequence of key 0 and query row 0: a sliding cache has dropped earlier keys, a static one holds room for later
-    ones."""
+    ones.
+
+    A cache policy may put calls over part of a site in place of the host's: `of_heads` then tells which of the site's
+    query heads the rows of `query` are, and `key_at` the position in the sequence of each key where they are not
+    consecutive. Such a call is not `causal`; its mask says everything."""
 
     site: Site
     query: Float[Tensor, "batch heads queries dim"]
@@ -78,6 +82,8 @@ class AttentionCall:
     module: torch.nn.Module | None = None
     first_key: int = 0
     first_query: int | None = None
+    of_heads: Int[Tensor, " heads"] | None = None
+    key_at: Int[Tensor, "#batch #kv_heads keys"] | None = None
     forward: Forward = field(default_factory=Forward)
 
     @property
@@ -107,8 +113,10 @@ class AttentionCall:
         return torch.arange(self.queries, device=self.query.device) + self.offset + self.first_key
 
     @property
-    def key_positions(self) -> Int[Tensor, " keys"]:
-        """Positions of the keys in the sequence."""
+    def key_positions(self) -> Int[Tensor, "... keys"]:
+        """Positions of the keys in the sequence: (keys), or (batch, kv_heads, keys) of a policy's call."""
+        if self.key_at is not None:
+            return self.key_at
         return torch.arange(self.keys, device=self.query.device) + self.first_key
 
     def arguments(self) -> dict[str, Any]:

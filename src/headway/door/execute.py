@@ -12,8 +12,9 @@ from torch import Tensor
 from headway.door.call import AttentionCall
 from headway.door.selection import Dense, Selection
 from headway.door.stages import Editor, Selector
-from headway.errors import EmptyRowError
+from headway.errors import ConflictError, EmptyRowError
 from headway.kernels.dense import dense_attention
+from headway.kernels.fused import fused_attention, merge_attention
 
 
 @dataclass(frozen=True)
@@ -31,42 +32,94 @@ class Executed:
     execute_seconds: float
 
 
-def execute(call: AttentionCall, selectors: Sequence[Selector], editors: Sequence[Editor]) -> Executed:
-    """Selectors intersect, editors of weights apply in the given order inside the kernel."""
+def execute(
+    call: AttentionCall, selectors: Sequence[Selector], editors: Sequence[Editor], *, changed: bool = True
+) -> Executed | None:
+    """Selectors intersect, editors of weights apply in the given order inside the kernel.
+
+    None when nothing is to be done: every selector asks for everything, no editor for weights, and the call is not
+    `changed` from what the host sent; the host's own kernel then runs."""
     start = time.perf_counter()
-    selected: Tensor | None = None
-    for selector in selectors:
-        selection = selector.select(call)
-        if not isinstance(selection, Dense):
-            mask = _as_mask(selection, call)
-            selected = mask if selected is None else selected & mask
+    selections = [s for s in (selector.select(call) for selector in selectors) if not isinstance(s, Dense)]
+    inside = [e for e in editors if "weights" in e.edits]
+    if not selections and not inside and not changed:
+        return None
+    titles = " and ".join(s.title for s in selectors)
     density = 1.0
-    if selected is not None:
+    if selections:
+        selected = _as_mask(selections[0], call)
+        for selection in selections[1:]:
+            selected = selected & _as_mask(selection, call)
         seen = call.visible()
         narrowed = seen & selected
         density = float(narrowed.double().mean() / seen.expand_as(narrowed).double().mean())
         before, call = call, call.replace(mask=narrowed)
-        refuse_emptied_rows(before, call, " and ".join(s.title for s in selectors))
+        refuse_emptied_rows(before, call, titles)
     chosen = time.perf_counter()
+    output, lse = _attend(call, inside)
+    path = "masked" if selections else ("edited" if inside else "dense")
+    return Executed(call, output, lse, path, density, chosen - start, time.perf_counter() - chosen)
+
+
+def execute_parts(
+    call: AttentionCall, parts: Sequence[AttentionCall], editors: Sequence[Editor], policy: str, read_seconds: float
+) -> Executed:
+    """Runs the calls that a cache policy put in place of `call` and puts their outputs together."""
+    start = time.perf_counter()
     inside = [e for e in editors if "weights" in e.edits]
+    groups: dict[tuple[int, ...] | None, list[AttentionCall]] = {}
+    for part in parts:
+        groups.setdefault(None if part.of_heads is None else tuple(part.of_heads.tolist()), []).append(part)
+    batch, heads, queries, _ = call.query.shape
+    output = call.query.new_zeros(batch, heads, queries, call.value.shape[3])
+    lse = torch.full((batch, heads, queries), -torch.inf, device=call.query.device)
+    for at, members in groups.items():
+        if inside and len(members) > 1:
+            raise ConflictError(
+                f"methods at {call.site.name}: got {inside[0].title}, which edits weights, on keys that {policy} reads "
+                "in several parts of one softmax; expected whole rows. Use them in separate scopes."
+            )
+        done = [_attend(member, inside) for member in members]
+        outputs, normalisers = zip(*done, strict=True)
+        merged, total = merge_attention(outputs, normalisers) if len(done) > 1 else (outputs[0], normalisers[0])
+        if at is None:
+            output, lse = merged, total
+        else:
+            index = torch.tensor(at, device=output.device)
+            output[:, index], lse[:, index] = merged.to(output.dtype), total
+    read = sum(part.keys * part.heads for part in parts)
+    logical = call.keys + (0 if call.first_key is None else call.first_key)
+    density = min(read / max(logical * heads, 1), 1.0)
+    whole = parts[0] if len(parts) == 1 and parts[0].of_heads is None else call
+    return Executed(whole, output, lse, "policy", density, read_seconds, time.perf_counter() - start)
+
+
+def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a call with editors of weights inside; the fused kernel where it can do it."""
+    plain = call.bias is None and call.softcap is None and call.sinks is None and not call.dropout
+    square = not call.causal or call.offset == call.keys - call.queries
+    if plain and square and not editors:
+        output, lse = fused_attention(
+            call.query, call.key, call.value, scale=call.scale, causal=call.causal, mask=call.mask
+        )
+        if lse is not None:
+            return output, lse
 
     def edit(weights: Tensor, rows: Tensor) -> Tensor:
-        for editor in inside:
+        for editor in editors:
             weights = editor.edit_weights(call, weights, rows)
         return weights
 
-    output, lse = dense_attention(
+    return dense_attention(
         call.query,
         call.key,
         call.value,
         sinks=call.sinks,
-        edit=edit if inside else None,
+        edit=edit if editors else None,
         dropout=call.dropout,
         empty_rows="zero",
         **call.arguments(),
     )
-    path = "masked" if selected is not None else ("edited" if inside else "dense")
-    return Executed(call, output, lse, path, density, chosen - start, time.perf_counter() - chosen)
 
 
 def refuse_emptied_rows(before: AttentionCall, after: AttentionCall, stage: str) -> None:

@@ -1,18 +1,22 @@
 """The stages a method may have. A method is a frozen dataclass that inherits the stages it needs and nothing else.
 
-selectors (which keys) -> executor (kernel) -> editors (weights or output) -> observers (read only)
+    cache policy (what is stored) -> selectors (which keys) -> executor (kernel) -> editors -> observers (read only)
+
+A driver stands outside this line: it wraps the host's `generate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from headway.door.call import AttentionCall, Site
 from headway.door.selection import Selection
+
+PHASES = frozenset({"prefill", "decode"})
 
 
 class Stage:
@@ -30,7 +34,12 @@ class Stage:
 
 
 class Selector(Stage):
-    """Chooses the keys that each query may read."""
+    """Chooses the keys that each query may read.
+
+    `phases` are those of a forward ("prefill", "decode") in which the selector is asked; in others the site is dense,
+    by the host's own kernel. A selector that returns `Dense()` has the same effect for one call."""
+
+    phases: frozenset[str] = PHASES
 
     def select(self, call: AttentionCall) -> Selection:
         raise NotImplementedError
@@ -40,9 +49,12 @@ class Editor(Stage):
     """Changes attention: the tensors before it, the weights inside it, or the output after it.
 
     An editor overrides what it needs. Editing weights makes the site compute explicit weights block by block.
-    `keeps_weights` is for an editor that uses that stage and still leaves the weights what q and k say."""
+    `keeps_weights` is for an editor that uses that stage and still leaves the weights what q and k say. `reads_parts`
+    says that its stages understand calls over some of a site's heads (`AttentionCall.of_heads`) with keys from
+    scattered positions (`key_at`), which cache policies make."""
 
     keeps_weights = False
+    reads_parts = False
 
     def edit_call(self, call: AttentionCall) -> AttentionCall:
         return call
@@ -68,6 +80,43 @@ class Editor(Stage):
         """Which of "call", "weights", "output" this editor overrides."""
         kinds = {"call": "edit_call", "weights": "edit_weights", "output": "edit_output"}
         return frozenset(k for k, name in kinds.items() if getattr(type(self), name) is not getattr(Editor, name))
+
+
+class CachePolicy(Stage):
+    """Decides what is kept of past keys and values, and what attention reads of it.
+
+    The host's cache is replaced by `make_cache(model)` at the first forward that would use one; its state belongs to
+    one request. `narrows` are the phases in which `read` may return calls of its own; a selector that acts in the same
+    phase at the same site is refused. A policy acts on a whole model: only one may be attached."""
+
+    narrows: frozenset[str] = PHASES
+
+    def make_cache(self, model: nn.Module) -> Any:
+        """An empty cache for one request: a `headway.door.caches.PolicyCache`."""
+        raise NotImplementedError
+
+    def enter(self, cache: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword inputs of the host's next forward, where they must differ (positions, say)."""
+        return inputs
+
+    def read(self, call: AttentionCall) -> Sequence[AttentionCall] | None:
+        """The calls to run in place of this one, or None to leave it as it is.
+
+        `call` holds the keys and values that the cache's `update` returned; `call.forward.cache` is the cache (None
+        when the host runs without one). Calls over disjoint heads (`of_heads`) are put together; calls over the same
+        heads are parts of one softmax and are merged by their log-sum-exp. Masks must hide padding and the future."""
+        return None
+
+    def settle(self, cache: Any) -> None:
+        """Called after each forward of the host: the place to evict."""
+
+
+class Driver(Stage):
+    """Wraps the host's `generate`: while it is attached, `model.generate(...)` calls the driver."""
+
+    def generate(self, model: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate` is the host's own method."""
+        raise NotImplementedError
 
 
 class Observer(Stage):

@@ -13,6 +13,7 @@ number, `bounds` what stands in for its theorems, `predictability` and `profile`
 from __future__ import annotations
 
 from headway.card import Card
+from headway.door.rotary import host_frequencies, site_frequencies
 from headway.methods.long_context.tappa.bounds import diagonal_bound, lag_bound, vertical_bound
 from headway.methods.long_context.tappa.classify import (
     MEANING,
@@ -22,7 +23,7 @@ from headway.methods.long_context.tappa.classify import (
     dominant_pairs,
     peak_lag,
 )
-from headway.methods.long_context.tappa.observer import PatternObserver, host_frequencies, site_frequencies
+from headway.methods.long_context.tappa.observer import PatternObserver
 from headway.methods.long_context.tappa.predictability import (
     RowSimilarity,
     adjacent_overlap,
