@@ -85,6 +85,18 @@ def test_sampled_rows_carry_intervals_that_hold_most_exact_values(found):
     assert any("query rows were read" in w for w in sampled.warnings)
 
 
+def test_a_long_look_draws_maps_and_traces_sinks_in_its_first_tokens_and_says_so(monkeypatch):
+    from headway.look import gather
+
+    monkeypatch.setattr(gather, "MAP_TOKENS", 96)
+    monkeypatch.setattr(gather, "TRACED_TOKENS", 64)
+    found = headway.look(tiny_llama(), byte_tokenizer(), TEXT, tokens=200, rows=60)
+    assert {(m.rows, m.columns) for m in found.maps} == {(96, 96)}
+    assert len(found.tokens) == 200
+    assert any("maps show the first 96 tokens" in w for w in found.warnings)
+    assert any("origin in the first 64 tokens" in w for w in found.warnings)
+
+
 def test_layers_restrict_what_is_read():
     found = headway.look(tiny_llama(), byte_tokenizer(), TEXT, tokens=100, layers=[1, 2])
     entropy = found.metric("entropy").array()

@@ -11,32 +11,25 @@ from hypothesis import strategies as st
 
 from headway.door import AttentionCall, Forward, Site
 from headway.errors import ArgumentError, HostError, NumericError
-from headway.kernels.rows import RowSample, all_rows, stratified_rows
-from headway.look.roles import (
-    RetrievalResult,
-    RoleObserver,
-    SiteRoles,
+from headway.kernels.head_scores import (
     duplicate_score,
     earlier_places,
     induction_score,
     mass_at,
     mean_distance,
-    measure_induction,
-    measure_retrieval,
     normalised_entropy,
-    piece_offsets,
     previous_token_score,
     receiver_score,
-    retrieval_chance,
     retrieval_score,
-    role_metrics,
     row_entropy,
-    sentence_spans,
-    split_sentences,
     streaming_mass,
     vertical_scores,
 )
+from headway.kernels.rows import RowSample, all_rows, stratified_rows
+from headway.look.probes import RetrievalResult, measure_induction, measure_retrieval, retrieval_chance
+from headway.look.roles import RoleObserver, SiteRoles, role_metrics
 from headway.tasks.copying import CopySample, key_value_copy, ordinary_ids, repeated_random_tokens
+from headway.tasks.sentences import piece_offsets, sentence_spans, split_sentences
 
 #: Logit of a planted key above all others: the rest gets less than exp(-60).
 SURE = 60.0

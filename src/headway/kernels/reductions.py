@@ -371,12 +371,18 @@ class _BlockMean(_Reducer):
         count = len(self.spans)
         self.sum, self.pairs = self.zeros(count, count), self.zeros(count, count)
         self.member = _membership(self.spans, self.keys, self.device)
+        self.bounds = torch.tensor(self.spans, device=self.device)
 
     def update(self, block: Block) -> None:
-        columns = self.member[: block.weights.shape[-1]]
         inside = self.member[block.positions.clamp(min=0)]
-        self.sum += inside.T @ block.counted(block.weights @ columns)
-        self.pairs += inside.T @ block.counted(block.visible().float() @ columns)
+        self.sum += inside.T @ block.counted(self._by_span(block.weights))
+        self.pairs += inside.T @ block.counted(self._by_span(block.visible().float()))
+
+    def _by_span(self, values: Float[Tensor, "... keys"]) -> Float[Tensor, "... spans"]:
+        """Sums over the keys of each span, by differences of running sums: the cost does not grow with the spans."""
+        running = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
+        ends = self.bounds.clamp(max=values.shape[-1])
+        return running[..., ends[:, 1]] - running[..., ends[:, 0]]
 
     def result(self) -> Tensor:
         return torch.where(self.pairs > 0, self.sum / self.pairs, torch.nan)

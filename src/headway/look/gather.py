@@ -20,17 +20,9 @@ from headway.hosts import starts_with_special
 from headway.kernels.reductions import reduce_attention
 from headway.kernels.rows import RowSample, stratified_rows
 from headway.look.maps import MapObserver
+from headway.look.probes import InductionResult, RetrievalResult, measure_induction, measure_retrieval
 from headway.look.result import HeadMap
-from headway.look.roles import (
-    InductionResult,
-    RetrievalResult,
-    RoleObserver,
-    SiteRoles,
-    measure_induction,
-    measure_retrieval,
-    piece_offsets,
-    sentence_spans,
-)
+from headway.look.roles import RoleObserver, SiteRoles
 from headway.methods.long_context.tappa import HeadPatterns, PatternObserver, PatternProfile, classify
 from headway.methods.sinks.secondary_sinks import (
     ALIGNED,
@@ -42,6 +34,7 @@ from headway.methods.sinks.secondary_sinks import (
 )
 from headway.methods.sinks.sink_emergence import SinkMeasurement, alpha_from_received, measure_sinks
 from headway.tasks.copying import ordinary_ids
+from headway.tasks.sentences import piece_offsets, sentence_spans
 
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -52,6 +45,10 @@ SINK_LENGTH = 64
 #: Tokens from which an ordinary look samples its query rows, and how many it then reads.
 SAMPLE_FROM = 8192
 SAMPLED_ROWS = 1024
+#: Tokens in which sinks of a sampled look are traced to the MLPs that wrote them, and of which its maps are drawn: both
+#: need a further forward, whose cost would grow with the square of the text.
+TRACED_TOKENS = 4096
+MAP_TOKENS = 8192
 #: Tokens of the text on which the norm intervention on secondary sinks runs, and the norms it tries, as shares of the
 #: measured one.
 INTERVENTION_TOKENS = 512
@@ -183,8 +180,12 @@ def read_maps(
         progress("drawing maps", 0, 1)
     names = {layer: site.name for layer, site in enumerate(reading.sites)}
     observer = MapObserver(heads=tuple((reading.sites[layer].layer, head) for layer, head in heads))
+    ids = reading.ids
+    if reading.sample is not None and ids.shape[1] > MAP_TOKENS:
+        ids = ids[:, :MAP_TOKENS]
+        reading.notes.append(f"The maps show the first {MAP_TOKENS} tokens.")
     with torch.no_grad(), observe(model, observer, sites=sorted({names[layer] for layer, _ in heads})):
-        _forward(model, reading.ids)
+        _forward(model, ids)
     reading.maps = observer.result()
     if progress is not None:
         progress("drawing maps", 1, 1)
@@ -302,15 +303,17 @@ def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Progr
     streams = reading.streams
     if streams.error is not None:
         raise streams.error
-    found = analyse(model, ids, received=received, reading=streams.found, progress=progress)
+    options = {"received": received, "reading": streams.found, "progress": progress}
+    if reading.sample is not None and ids.shape[1] > TRACED_TOKENS:
+        options["traced"] = TRACED_TOKENS
+        reading.notes.append(f"Secondary sinks were traced to their origin in the first {TRACED_TOKENS} tokens.")
+    found = analyse(model, ids, **options)
     reading.secondary = [found]
     if not found.sinks.positions("secondary"):
         for further in found.other_ranges:
             if further.primary is not None and further.positions("secondary"):
                 span = (further.primary.start, further.primary.end)
-                reading.secondary.append(
-                    analyse(model, ids, received=received, reading=streams.found, span=span, progress=progress)
-                )
+                reading.secondary.append(analyse(model, ids, span=span, **options))
     _try_norms(reading, model, ids[:, :INTERVENTION_TOKENS], tell)
 
 

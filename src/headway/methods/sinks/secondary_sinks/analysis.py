@@ -143,6 +143,7 @@ def analyse_rows(
     alpha: float = 1.0,
     key_value: bool = True,
     sample: int = SAMPLE,
+    traced: int | None = None,
     seed: int = SEED,
     scales: Sequence[float] = SCALES,
     tsne: bool = False,
@@ -155,9 +156,11 @@ def analyse_rows(
     (`candidates` names positions by hand). `threshold`, `lifetime`, `rule`, `min_jump`, `span`: see `detect`. `labels`:
     which tokens enter the level table, the origins and the triggers. `entropy`: "chunks", "prefix" (slower) or None.
     `key_value=False` leaves key and value norms out. At most `sample` sinks per layer are traced to their origin, drawn
-    with `seed`. `received[row]` as in `analyse`, in the columns of the given row. `progress(done, all, what)` is called
-    as layers finish. Raises HostError for a model whose blocks or MLPs cannot be found, ArgumentError for texts that
-    are too short, NumericError for streams that are not finite."""
+    with `seed`; `traced` limits them to the first tokens of a row, and the forward that traces them is then as short
+    (None: all; every decoder reads those tokens alike without the rest). `received[row]` as in `analyse`, in the
+    columns of the given row. `progress(done, all, what)` is called as layers finish. Raises HostError for a model whose
+    blocks or MLPs cannot be found, ArgumentError for texts that are too short, NumericError for streams that are not
+    finite."""
     ids, kept = real_tokens(input_ids, attention_mask)
     if received is not None and len(received) != len(kept):
         raise ArgumentError(f"received: got {len(received)} rows, expected {len(kept)}, one per row of input_ids.")
@@ -193,7 +196,7 @@ def analyse_rows(
         ids,
         attention_mask,
         results,
-        _Tracing(tuple(labels), sample, seed, tuple(scales), tsne),
+        _Tracing(tuple(labels), sample, traced, seed, tuple(scales), tsne),
         progress,
     )
     return results
@@ -205,6 +208,7 @@ class _Tracing:
 
     labels: tuple[str, ...]
     sample: int
+    traced: int | None
     seed: int
     scales: tuple[float, ...]
     tsne: bool
@@ -332,14 +336,17 @@ def _add_origins(
             layer: streams.kept[[b, *sinks, *others]].tolist() for layer, (sinks, others) in chosen[row].items()
         }
         if not chosen[row]:
+            among = "" if tracing.traced is None else f" among the first {tracing.traced}"
             result.notes.append(
-                f"No token is labelled {' or '.join(tracing.labels)}, so there are no origins to trace."
+                f"No token{among} is labelled {' or '.join(tracing.labels)}, so there are no origins to trace."
             )
         elif tracing.tsne and not has_tsne():
             result.notes.append("t-SNE was left out: it needs scikit-learn (pip install scikit-learn).")
     if not any(wanted.values()):
         return
-    found = gather(model, reading.blocks, ids, attention_mask, wanted, progress)
+    end = 1 + max(column for layers in wanted.values() for columns in layers.values() for column in columns)
+    mask = None if attention_mask is None else attention_mask.reshape(ids.shape)[:, :end]
+    found = gather(model, reading.blocks, ids[:, :end], mask, wanted, progress)
     for row, layers in found.items():
         result = results[row]
         for layer, (sinks, others) in sorted(chosen[row].items()):
@@ -351,9 +358,10 @@ def _choose(
     result: SecondarySinks, ids: Int[Tensor, " tokens"], tracing: _Tracing
 ) -> dict[int, tuple[list[int], list[int]]]:
     """For each creating layer, a sample of the sinks created there and as many tokens of the same ids never flagged."""
+    ids = ids[: tracing.traced]
     starts: dict[int, list[int]] = {}
     for sink in result.sinks.sinks:
-        if sink.label in tracing.labels:
+        if sink.label in tracing.labels and sink.position < ids.numel():
             starts.setdefault(sink.start, []).append(sink.position)
     flagged = result.sinks.positions()
     taken = [*flagged, *([] if result.primary is None else [result.primary.position])]
