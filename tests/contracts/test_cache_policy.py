@@ -110,7 +110,7 @@ def test_a_selector_of_the_other_phase_works_beside_a_policy():
     model = decoder("Llama")
     with headway.use(model, Prefill(), Decode(3)) as handle, torch.no_grad():
         contract.run_in_chunks(model, contract.tokens(1, 12), [10, 1, 1])
-    assert {tuple(sorted(row["paths"].items())) for row in handle.report()} == {(("masked", 1), ("policy", 2))}
+    assert {tuple(sorted(row["paths"].items())) for row in handle.report()} == {(("policy", 2), ("window", 1))}
     with pytest.raises(ConflictError, match=r"KeepLast and Prefill.*selects keys in prefill"):
         headway.use(model, Prefill(), KeepLast(3)).attach()
 

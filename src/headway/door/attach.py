@@ -476,7 +476,7 @@ def _run(
             edited = changed
     start = time.perf_counter()
     weights: Tensor | None = None
-    done: Executed | None = None
+    done: Executed | str = "native"
     if policy is not None:
         parts = policy.read(edited)
         if parts is not None:
@@ -487,18 +487,19 @@ def _run(
                     "a selector for the other phase, or other layers."
                 )
             done = execute_parts(edited, parts, editors, policy.title, time.perf_counter() - start)
-    if done is None and (selectors or edited is not call or any("weights" in e.edits for e in editors)):
-        done = execute(edited, selectors, editors, changed=edited is not call)
-    if done is not None:
+    if isinstance(done, str) and (selectors or edited is not call or any("weights" in e.edits for e in editors)):
+        reads = any(isinstance(s, Observer) and s.reads_weights for _, s in stages)
+        done = execute(edited, selectors, editors, changed=edited is not call, masked=reads)
+    if not isinstance(done, str):
         edited, output, lse, path, density = done.call, done.output, done.lse, done.path, done.density
         spent = (done.select_seconds, done.execute_seconds)
     else:
         native, weights = function(call.module, *tensors, **keywords)
-        output, lse, path, density = native.transpose(1, 2), None, "native", 1.0
+        output, lse, path, density = native.transpose(1, 2), None, done, 1.0
         spent = (0.0, time.perf_counter() - start)
     for editor in editors:
         if "output" in editor.edits:
-            path = "native+edit" if path == "native" else path
+            path = f"{path}+edit" if path.startswith("native") else path
             output = editor.edit_output(edited, output, lse)
             weights = None
     for observer in [s for _, s in stages if isinstance(s, Observer)]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headway.door.call import AttentionCall
-from headway.door.selection import Dense, Selection
+from headway.door.selection import Blocks, Dense, Keys, Selection, Window
 from headway.door.stages import Editor, Selector
-from headway.errors import ConflictError, EmptyRowError
+from headway.errors import ArgumentError, ConflictError, EmptyRowError
+from headway.kernels.block_sparse import Band, block_sparse_attention, dense_is_faster
 from headway.kernels.dense import dense_attention
 from headway.kernels.fused import fused_attention, merge_attention
+from headway.kernels.gathered import gathered_attention, row_block, unique_keys
+
+#: Tokens per block of a sink-and-window selection.
+WINDOW_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -33,18 +39,29 @@ class Executed:
 
 
 def execute(
-    call: AttentionCall, selectors: Sequence[Selector], editors: Sequence[Editor], *, changed: bool = True
-) -> Executed | None:
-    """Selectors intersect, editors of weights apply in the given order inside the kernel.
+    call: AttentionCall,
+    selectors: Sequence[Selector],
+    editors: Sequence[Editor],
+    *,
+    changed: bool = True,
+    masked: bool = False,
+) -> Executed | str:
+    """Selectors intersect, editors of weights apply in the given order inside the kernel. One selection alone runs by
+    the sparse kernels; several, or `masked` (somebody reads the weights of what was selected), by one boolean mask.
 
-    None when nothing is to be done: every selector asks for everything, no editor for weights, and the call is not
-    `changed` from what the host sent; the host's own kernel then runs."""
+    A string, the name of the path, when the host's own kernel is to run: every selector asks for everything or gives
+    way to dense attention, no editor asks for weights, and the call is not `changed` from what the host sent."""
     start = time.perf_counter()
     selections = [s for s in (selector.select(call) for selector in selectors) if not isinstance(s, Dense)]
     inside = [e for e in editors if "weights" in e.edits]
     if not selections and not inside and not changed:
-        return None
+        return "native"
     titles = " and ".join(s.title for s in selectors)
+    if len(selections) == 1 and not inside and not masked and not call.dropout and call.bias is None:
+        density = selection_density(selections[0], call)
+        if all(s.approximates for s in selectors) and dense_is_faster(call.keys, density) and not changed:
+            return "native: dense is as fast"
+        return _sparse(call, selections[0], density, titles, start)
     density = 1.0
     if selections:
         selected = _as_mask(selections[0], call)
@@ -59,6 +76,81 @@ def execute(
     output, lse = _attend(call, inside)
     path = "masked" if selections else ("edited" if inside else "dense")
     return Executed(call, output, lse, path, density, chosen - start, time.perf_counter() - chosen)
+
+
+def selection_density(selection: Selection, call: AttentionCall) -> float:
+    """Selected over visible pairs, padding left out of the count (a selection of keys counts what is listed)."""
+    if isinstance(selection, Blocks):
+        return selection.mask.density(causal=call.causal)
+    seen = (call.query_positions + 1 - call.first_key).clamp(max=call.keys) if call.causal else None
+    if isinstance(selection, Window):
+        reach = torch.full((call.queries,), call.keys, device=call.query.device) if seen is None else seen
+        inside = reach.clamp(max=selection.window) + (reach - selection.window).clamp(0, selection.sinks)
+        return float(inside.double().sum() / reach.double().sum())
+    if isinstance(selection, Keys):
+        rows = row_block(selection.index, call.queries, selection.query_block)
+        index, valid = unique_keys(selection.index, selection.valid, call.keys)
+        if seen is None:
+            return float(valid.double().sum(-1).mean() / call.keys)
+        starts = torch.arange(index.shape[2], device=index.device) * rows
+        middle = seen[(starts + rows // 2).clamp(max=call.queries - 1)]
+        return float(((index < middle[:, None]) & valid).double().sum(-1).mean() / middle.double().mean())
+    return 1.0
+
+
+def _sparse(call: AttentionCall, selection: Selection, density: float, titles: str, start: float) -> Executed:
+    """One selection by the kernel made for it."""
+    chosen = time.perf_counter()
+    common: dict[str, Any] = {
+        "scale": call.scale,
+        "causal": call.causal,
+        "offset": call.offset,
+        "mask": call.mask,
+        "softcap": call.softcap,
+        "sinks": call.sinks,
+    }
+    tensors = call.query, call.key, call.value
+    if isinstance(selection, Keys):
+        path = "keys"
+        output, lse = gathered_attention(
+            *tensors, selection.index, selection.valid, query_block=selection.query_block, **common
+        )
+    elif isinstance(selection, Blocks):
+        path, grid = "blocks", selection.mask
+        if (grid.queries, grid.keys) != (call.queries, call.keys):
+            selection.to_bool(call.queries, call.keys)
+        output, lse = block_sparse_attention(
+            *tensors, grid.blocks, query_block=grid.query_block, key_block=grid.key_block, **common
+        )
+    elif isinstance(selection, Window):
+        path = "window"
+        rows, columns = (min(WINDOW_BLOCK, n) for n in (call.queries, call.keys))
+        every = torch.ones(1, 1, -(-call.queries // rows), -(-call.keys // columns), dtype=torch.bool)
+        band = Band(selection.sinks, selection.window)
+        common["causal"] = True
+        output, lse = block_sparse_attention(
+            *tensors, every.to(call.query.device), query_block=rows, key_block=columns, band=band, **common
+        )
+    else:
+        raise ArgumentError(f"selection: got {selection!r}, expected Dense, Window, Blocks or Keys.")
+    _refuse_lost_rows(call, lse, titles)
+    return Executed(call, output, lse, path, density, chosen - start, time.perf_counter() - chosen)
+
+
+def _refuse_lost_rows(call: AttentionCall, lse: Tensor, titles: str) -> None:
+    """Raises EmptyRowError when a row that could see a key has none left in the selection."""
+    if call.sinks is not None:
+        return
+    empty = (lse == -torch.inf).flatten(0, 1).any(0).nonzero()[:, 0]
+    if empty.numel() == 0:
+        return
+    lost = (lse[:, :, empty] == -torch.inf) & call.visible(empty).any(-1)
+    if bool(lost.any()):
+        row = int(empty[lost.flatten(0, 1).any(0).nonzero()[0, 0]])
+        raise EmptyRowError(
+            f"{titles} at {call.site.name}: query {row} has no visible key left, expected at least one. Leave the "
+            "diagonal, a sink or an earlier key visible."
+        )
 
 
 def execute_parts(
@@ -136,4 +228,5 @@ def refuse_emptied_rows(before: AttentionCall, after: AttentionCall, stage: str)
 
 
 def _as_mask(selection: Selection, call: AttentionCall) -> Tensor:
-    return selection.to_bool(call.queries, call.keys, call.query.device)
+    chosen = selection.to_bool(call.queries, call.keys, call.query.device)
+    return chosen if chosen.shape[1] in (1, call.heads) else chosen.repeat_interleave(call.groups, 1)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headway.errors import ArgumentError
+from headway.kernels.gathered import row_block, unique_keys
 
 
 @dataclass(frozen=True)
@@ -175,20 +176,22 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Keys:
-    """Token indices per query row (or one list for all rows); `valid` is False where an entry is only fill."""
+    """Lists of keys: one for all rows, one per row, or one per block of `query_block` rows.
 
-    index: Int[Tensor, "batch heads #queries chosen"]
-    valid: Bool[Tensor, "batch heads #queries chosen"] | None = None
+    `index` has one entry for all heads, one per key head, or one per query head; `valid` is False where an entry is
+    only fill. A key that is listed twice counts once."""
+
+    index: Int[Tensor, "#batch #heads lists chosen"]
+    valid: Bool[Tensor, "#batch #heads lists chosen"] | None = None
+    query_block: int | None = None
 
     def to_bool(self, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, ...]:
-        if self.index.numel() and (int(self.index.min()) < 0 or int(self.index.max()) >= keys):
-            raise ArgumentError(
-                f"index: got values from {int(self.index.min())} to {int(self.index.max())}, expected 0..{keys - 1}."
-            )
-        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
-        chosen = torch.zeros(*self.index.shape[:3], keys, dtype=torch.int32, device=self.index.device)
-        chosen.scatter_add_(3, self.index, valid.int())
-        return (chosen > 0).expand(-1, -1, queries, -1).to(device)
+        """The mask pair by pair, with the heads of `index`."""
+        size = row_block(self.index, queries, self.query_block)
+        index, valid = unique_keys(self.index, self.valid, keys)
+        chosen = torch.zeros(*index.shape[:3], keys, dtype=torch.int32, device=index.device)
+        chosen.scatter_add_(3, index, valid.int())
+        return (chosen > 0).repeat_interleave(size, 2)[:, :, :queries].to(device)
 
 
 Selection = Dense | Window | Blocks | Keys

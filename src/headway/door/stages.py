@@ -37,9 +37,12 @@ class Selector(Stage):
     """Chooses the keys that each query may read.
 
     `phases` are those of a forward ("prefill", "decode") in which the selector is asked; in others the site is dense,
-    by the host's own kernel. A selector that returns `Dense()` has the same effect for one call."""
+    by the host's own kernel. A selector that returns `Dense()` has the same effect for one call. `approximates` says
+    that the selection stands for dense attention and may give way to it where that is as fast (the report then says
+    "native: dense is as fast"); a selector that is part of a model's definition leaves it False."""
 
     phases: frozenset[str] = PHASES
+    approximates: bool = False
 
     def select(self, call: AttentionCall) -> Selection:
         raise NotImplementedError

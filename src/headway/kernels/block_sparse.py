@@ -1,0 +1,486 @@
+"""Block-sparse attention: exact softmax attention over the key blocks that each query block selects.
+
+    o_i = Σ_{j in K(i)} w_ij v_j ,   K(i) = { j visible from i : the block pair of (i, j) is selected }
+
+Three forms behind one function. `masked` is the reference: one boolean mask, dense work. `gather` is the CPU form:
+query blocks that read equally many key blocks are grouped, their keys and values are copied side by side into one small
+buffer that stays in cache, and the platform's fused kernel runs on the group. Pairs of blocks that are visible as a
+whole need no mask; the others (the diagonal, window edges, ragged ends, padding) run apart, the plain diagonal as one
+causal batch, and both parts meet by their log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds
+a FlexAttention block mask for CUDA.
+
+Queries and keys are cut into blocks of `query_block` and `key_block` tokens from their first token; the last block of
+either may be ragged. Query row i stands at key position i + offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from headway.errors import ArgumentError, unknown
+from headway.kernels.dense import check_heads, dense_attention
+from headway.kernels.fused import fused_attention, merge_attention
+
+FORMS = ("auto", "masked", "gather", "flex")
+#: Bytes of gathered keys and values per step: two of these fit the L2 cache of a core beside the kernel's own tiles.
+STEP_BYTES = 1 << 21
+#: Where selecting stops paying on a CPU, measured by `benchmarks/run.py crossover`: fewer keys than this, or a larger
+#: share of the visible pairs.
+CROSSOVER_KEYS = 1024
+CROSSOVER_DENSITY = 0.7
+
+
+@dataclass(frozen=True)
+class Band:
+    """The first `sinks` keys and the last `window` keys up to the query itself."""
+
+    sinks: int
+    window: int
+
+    def tile(self, at: Int[Tensor, "... queries"], key_at: Int[Tensor, "... keys"]) -> Bool[Tensor, "... queries keys"]:
+        distance = at[..., :, None] - key_at[..., None, :]
+        return (distance < self.window) | (key_at < self.sinks)[..., None, :]
+
+
+def block_sparse_attention(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    blocks: Bool[Tensor, "#batch #heads query_blocks key_blocks"],
+    *,
+    query_block: int,
+    key_block: int,
+    scale: float | None = None,
+    causal: bool = False,
+    offset: int | None = None,
+    mask: Bool[Tensor, "#batch #heads queries keys"] | None = None,
+    band: Band | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    form: str = "auto",
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Output (dtype of `value`) and log-sum-exp (float32) over the selected blocks.
+
+    `blocks` may have one entry for all heads, one per key head, or one per query head. `causal`, `mask` and `band` hide
+    pairs inside selected blocks. Rows that see nothing give zeros and -inf. `sinks` are learned sink logits. `form`:
+    "auto" is "flex" on CUDA and "gather" elsewhere. With gradients, "gather" runs in one masked pass: the log-sum-exp
+    of the fused kernel has none."""
+    if form not in FORMS:
+        raise unknown("form", form, FORMS)
+    work = _Work.of(query, key, value, blocks, query_block, key_block, scale, causal, offset, mask, band, softcap)
+    if form == "auto":
+        form = "flex" if query.device.type == "cuda" and softcap is None else "gather"
+    run = {"masked": _masked, "gather": _gather, "flex": _flex}[form]
+    output, lse = run(work)
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
+        output = (output.float() * torch.exp(lse - total)[..., None]).to(output.dtype)
+        lse = total
+    return output, lse
+
+
+def dense_is_faster(keys: int, density: float) -> bool:
+    """Whether dense attention is expected to be as fast as the selected blocks."""
+    return keys < CROSSOVER_KEYS or density > CROSSOVER_DENSITY
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The operands in one place, with what each form asks about them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    blocks: Tensor
+    query_block: int
+    key_block: int
+    scale: float
+    causal: bool
+    offset: int
+    mask: Tensor | None
+    band: Band | None
+    softcap: float | None
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: Tensor,
+        query_block: int,
+        key_block: int,
+        scale: float | None,
+        causal: bool,
+        offset: int | None,
+        mask: Tensor | None,
+        band: Band | None,
+        softcap: float | None,
+    ) -> _Work:
+        check_heads(query, key)
+        if query_block < 1 or key_block < 1:
+            raise ArgumentError(
+                f"query_block, key_block: got {query_block}, {key_block}; expected at least 1 token each."
+            )
+        queries, keys = query.shape[2], key.shape[2]
+        wanted = (-(-queries // query_block), -(-keys // key_block))
+        heads = (1, key.shape[1], query.shape[1])
+        if (
+            blocks.ndim != 4
+            or blocks.dtype != torch.bool
+            or tuple(blocks.shape[2:]) != wanted
+            or blocks.shape[0] not in (1, query.shape[0])
+            or blocks.shape[1] not in heads
+        ):
+            raise ArgumentError(
+                f"blocks: got {blocks.dtype} of shape {tuple(blocks.shape)}, expected bool (1 or {query.shape[0]}, one "
+                f"of {heads}, {wanted[0]}, {wanted[1]}) for {queries} queries in blocks of {query_block} and {keys} "
+                f"keys in blocks of {key_block}."
+            )
+        return cls(
+            query, key, value, blocks, query_block, key_block,
+            query.shape[3] ** -0.5 if scale is None else scale,
+            causal, keys - queries if offset is None else offset, mask, band, softcap,
+        )  # fmt: skip
+
+    @property
+    def groups(self) -> int:
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def folds(self) -> bool:
+        """Whether the query heads of a group select alike, so that they share one gathered copy."""
+        return self.blocks.shape[1] in (1, self.key.shape[1])
+
+    def query_at(self) -> Int[Tensor, "query_blocks query_block"]:
+        """Key position of every row of every query block."""
+        rows = torch.arange(self.blocks.shape[2] * self.query_block, device=self.query.device)
+        return (rows + self.offset).view(-1, self.query_block)
+
+    def key_at(self) -> Int[Tensor, "key_blocks key_block"]:
+        return torch.arange(self.blocks.shape[3] * self.key_block, device=self.query.device).view(-1, self.key_block)
+
+    def visible(self) -> Bool[Tensor, "#batch #heads queries keys"]:
+        """Every pair that is selected and visible, as one mask."""
+        queries, keys = self.query.shape[2], self.key.shape[2]
+        seen = self.blocks.repeat_interleave(self.query_block, 2)[:, :, :queries]
+        seen = seen.repeat_interleave(self.key_block, 3)[..., :keys]
+        if seen.shape[1] not in (1, self.query.shape[1]):
+            seen = seen.repeat_interleave(self.groups, 1)
+        at = torch.arange(queries, device=seen.device) + self.offset
+        key_at = torch.arange(keys, device=seen.device)
+        if self.causal:
+            seen = seen & (key_at <= at[:, None])
+        if self.band is not None:
+            seen = seen & self.band.tile(at, key_at)
+        return seen if self.mask is None else seen & self.mask
+
+    def relation(self) -> tuple[Tensor, Tensor]:
+        """For each pair of blocks, whether some and whether all of its pairs are visible:
+        (#batch, #heads, query_blocks, key_blocks) twice. Rows beyond the last query count as visible."""
+        at, key_at = self.query_at(), self.key_at()
+        keys = self.key.shape[2]
+        first, last = at[:, 0], at[:, -1].clamp(max=self.offset + self.query.shape[2] - 1)
+        key_first, key_last = key_at[:, 0], key_at[:, -1].clamp(max=keys - 1)
+        some = torch.ones(at.shape[0], key_at.shape[0], dtype=torch.bool, device=at.device)
+        whole = (key_at[:, -1] < keys).expand_as(some)
+        if self.causal:
+            some = some & (key_first <= last[:, None])
+            whole = whole & (key_last <= first[:, None])
+        if self.band is not None:
+            low, high = first[:, None] - self.band.window, last[:, None] - self.band.window
+            some = some & ((key_last > low) | (key_first < self.band.sinks))
+            whole = whole & ((key_first > high) | (key_last < self.band.sinks))
+        some, whole = some[None, None], whole[None, None]
+        if self.mask is not None:
+            rows, columns = at.numel() - self.query.shape[2], key_at.numel() - keys
+            tiles = self.mask.shape[:2]
+            full = pad(self.mask, (0, columns, 0, 0), value=False)
+            full = full.expand(-1, -1, self.query.shape[2], -1) if full.shape[2] == 1 else full
+            if rows:
+                full = torch.cat([full, full[:, :, -1:].expand(-1, -1, rows, -1)], 2)
+            full = full.view(*tiles, at.shape[0], self.query_block, key_at.shape[0], self.key_block)
+            some = some & full.any(5).any(3)
+            whole = whole & full.all(5).all(3)
+        return some, whole
+
+    def tile_mask(
+        self, batch: Tensor, head: Tensor, query_blocks: Tensor, key_blocks: Tensor
+    ) -> Bool[Tensor, "rows query_block chosen_keys"]:
+        """Visibility inside chosen pairs of blocks: `key_blocks` is (rows, chosen)."""
+        at = self.query_at()[query_blocks]
+        key_at = self.key_at()[key_blocks].flatten(1)
+        seen = (key_at < self.key.shape[2])[:, None].expand(-1, self.query_block, -1)
+        if self.causal:
+            seen = seen & (key_at[:, None] <= at[:, :, None])
+        if self.band is not None:
+            seen = seen & self.band.tile(at, key_at)
+        if self.mask is not None:
+            rows = (at - self.offset).clamp(max=self.mask.shape[2] - 1)
+            batch = batch.clamp(max=self.mask.shape[0] - 1)[:, None, None]
+            head = head.clamp(max=self.mask.shape[1] - 1)[:, None, None]
+            columns = key_at.clamp(max=self.key.shape[2] - 1)[:, None]
+            seen = seen & self.mask[batch, head, rows[:, :, None], columns]
+        return seen
+
+
+def _masked(work: _Work) -> tuple[Tensor, Tensor]:
+    return dense_attention(
+        work.query, work.key, work.value, scale=work.scale, mask=work.visible(), softcap=work.softcap,
+        empty_rows="zero",
+    )  # fmt: skip
+
+
+def _gather(work: _Work) -> tuple[Tensor, Tensor]:
+    some, whole = work.relation()
+    blocks = work.blocks
+    if some.shape[1] > 1 and blocks.shape[1] not in (1, some.shape[1]):
+        blocks = blocks.repeat_interleave(some.shape[1] // blocks.shape[1], 1)
+    selected = blocks & some
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (work.query, work.key, work.value))
+    if differentiable:
+        return _GatherPass(work, fold=False).run(selected, masked=True)
+    full = selected & whole
+    parts = [_GatherPass(work, fold=work.folds and _agrees(full, work)).run(full, masked=False)]
+    partial = selected & ~whole
+    if _is_plain_diagonal(work, partial):
+        parts.append(_diagonal(work))
+    elif bool(partial.any()):
+        parts.append(_GatherPass(work, fold=False).run(partial, masked=True))
+    if len(parts) == 1:
+        return parts[0]
+    outputs, normalisers = zip(*parts, strict=True)
+    return _merge_two(outputs, normalisers)
+
+
+def _merge_two(outputs: tuple[Tensor, Tensor], lses: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`merge_attention` of two parts in place: o = o₁ + σ(lse₂ − lse₁)(o₂ − o₁)."""
+    if outputs[0].dtype != torch.float32:
+        return merge_attention(outputs, lses)
+    share = torch.sigmoid(lses[1] - lses[0]).nan_to_num_(0.0)
+    return outputs[0].lerp_(outputs[1], share[..., None]), torch.logaddexp(lses[0], lses[1])
+
+
+def _agrees(selected: Tensor, work: _Work) -> bool:
+    return selected.shape[1] in (1, work.key.shape[1])
+
+
+def _is_plain_diagonal(work: _Work, partial: Tensor) -> bool:
+    """Whether the pairs that need a mask are exactly the causal diagonal of equal, aligned blocks."""
+    queries, keys = work.query.shape[2], work.key.shape[2]
+    aligned = work.query_block == work.key_block and work.offset == 0 and queries == keys
+    if not aligned or not work.causal or work.mask is not None or work.softcap is not None:
+        return False
+    if work.band is not None and work.band.window < work.query_block:
+        return False
+    eye = torch.eye(partial.shape[2], dtype=torch.bool, device=partial.device)
+    return bool((partial == eye).all())
+
+
+def _diagonal(work: _Work) -> tuple[Tensor, Tensor]:
+    """Every block with itself, as one causal batch."""
+    batch, heads, queries, dim = work.query.shape
+    size, groups = work.query_block, work.groups
+    count = -(-queries // size)
+    extra = count * size - queries
+
+    def cut(x: Tensor) -> Tensor:
+        x = pad(x, (0, 0, 0, extra)) if extra else x
+        return x.reshape(x.shape[0], x.shape[1], count, size, x.shape[3])
+
+    key, value = (
+        cut(x).transpose(1, 2).reshape(batch * count, x.shape[1], size, x.shape[3]) for x in (work.key, work.value)
+    )
+    query = cut(work.query).transpose(1, 2).reshape(batch * count, heads, size, dim)
+    output, lse = fused_attention(query, key, value, scale=work.scale, causal=True)
+    if lse is None:
+        raise ArgumentError(f"groups: got {groups} query heads per key head without a log-sum-exp, expected one.")
+    output = output.view(batch, count, heads, size, -1).transpose(1, 2).reshape(batch, heads, count * size, -1)
+    lse = lse.reshape(batch, count, heads, size).transpose(1, 2).reshape(batch, heads, count * size)
+    return output[:, :, :queries], lse[..., :queries]
+
+
+class _GatherPass:
+    """One pass over chosen pairs of blocks. With `fold`, the query heads of a group are rows of one item."""
+
+    def __init__(self, work: _Work, *, fold: bool) -> None:
+        self.work = work
+        self.rows_per_item = work.query_block * (work.groups if fold else 1)
+        self.items = work.key.shape[1] if fold else work.query.shape[1]
+        self.fold = fold
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def run(self, selected: Tensor, *, masked: bool) -> tuple[Tensor, Tensor]:
+        work = self.work
+        batch, heads, queries, _ = work.query.shape
+        count, chosen_of = selected.shape[2], self._per_item(selected)
+        query = self._queries(count)
+        key, value = (self._blocks(x) for x in (work.key, work.value))
+        outputs: list[Tensor] = []
+        normalisers: list[Tensor] = []
+        places: list[Tensor] = []
+        for rows, columns in _by_count(chosen_of, self._step_rows()):
+            output, lse = self._attend(query, key, value, rows, columns, count, masked)
+            outputs.append(output)
+            normalisers.append(lse)
+            places.append(rows)
+        value_dim = work.value.shape[3]
+        order = torch.cat(places).argsort() if places else torch.empty(0, dtype=torch.long, device=query.device)
+        if not places:
+            out = query.new_zeros(0, self.rows_per_item, value_dim)
+            lses = query.new_zeros(0, self.rows_per_item, dtype=torch.float32)
+        else:
+            out, lses = torch.cat(outputs), torch.cat(normalisers)
+        total = batch * self.items * count
+        if order.numel() == total:
+            out, lses = out[order], lses[order]
+        else:
+            at = torch.cat(places) if places else order
+            out = query.new_zeros(total, self.rows_per_item, value_dim).index_copy(0, at, out)
+            lses = torch.full(
+                (total, self.rows_per_item), -torch.inf, dtype=torch.float32, device=query.device
+            ).index_copy(0, at, lses)
+        return self._unfold(out, lses, batch, heads, count, queries)
+
+    def _per_item(self, selected: Tensor) -> Bool[Tensor, "items key_blocks"]:
+        batch = self.work.query.shape[0]
+        per = selected
+        if per.shape[1] not in (1, self.items):
+            per = per.repeat_interleave(self.items // per.shape[1], 1)
+        return per.expand(batch, self.items, -1, -1).flatten(0, 2)
+
+    def _queries(self, count: int) -> Float[Tensor, "items rows dim"]:
+        work = self.work
+        batch, heads, queries, dim = work.query.shape
+        extra = count * work.query_block - queries
+        query = pad(work.query, (0, 0, 0, extra)) if extra else work.query
+        query = query.reshape(batch, heads, count, work.query_block, dim)
+        if self.fold:
+            query = query.view(batch, self.items, work.groups, count, work.query_block, dim).transpose(2, 3)
+        return query.reshape(batch * self.items * count, self.rows_per_item, dim)
+
+    def _blocks(self, x: Tensor) -> Float[Tensor, "all_blocks flat"]:
+        extra = -x.shape[2] % self.work.key_block
+        x = pad(x, (0, 0, 0, extra)) if extra else x
+        return x.reshape(-1, self.work.key_block * x.shape[3])
+
+    def _step_rows(self) -> Callable[[int], int]:
+        """Items per step for a number of chosen blocks, so that what is gathered stays in cache."""
+        work = self.work
+        per_block = work.key_block * (work.key.shape[3] + work.value.shape[3]) * work.key.element_size()
+        least = 2 * torch.get_num_threads()
+        return lambda chosen: max(least, STEP_BYTES // max(chosen * per_block, 1))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, count: int, masked: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of some items over their (rows, chosen) key blocks."""
+        work = self.work
+        item, block = rows // count, rows % count
+        batch, head = item // self.items, item % self.items
+        kv_head = head if self.fold else head // work.groups
+        blocks = columns + ((batch * work.key.shape[1] + kv_head) * work.blocks.shape[3])[:, None]
+        gathered = [
+            self._copy(i, x, blocks.flatten()).view(rows.numel(), 1, -1, like.shape[3])
+            for i, (x, like) in enumerate(((key, work.key), (value, work.value)))
+        ]
+        seen = work.tile_mask(batch, head, block, columns)[:, None] if masked else None
+        part = query[rows][:, None]
+        if work.softcap is None:
+            output, lse = fused_attention(part, *gathered, scale=work.scale, mask=seen)
+        else:
+            output, lse = dense_attention(
+                part, *gathered, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero"
+            )
+        if lse is None:
+            raise ArgumentError("kernel: got no log-sum-exp, expected one. Use form='masked' on this device.")
+        return output[:, 0], lse[:, 0]
+
+    def _copy(self, which: int, x: Tensor, index: Tensor) -> Tensor:
+        """The chosen blocks side by side, in a buffer that is used again (a fresh one where gradients flow)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return x.index_select(0, index)
+        need = index.numel() * x.shape[1]
+        if self.buffers is None or self.buffers[which].numel() < need:
+            grown = [x.new_empty(max(need, STEP_BYTES // x.element_size())) for _ in range(2)]
+            self.buffers = (grown[0], grown[1])
+        out = self.buffers[which][:need].view(index.numel(), x.shape[1])
+        return torch.index_select(x.detach(), 0, index, out=out)
+
+    def _unfold(
+        self, out: Tensor, lses: Tensor, batch: int, heads: int, count: int, queries: int
+    ) -> tuple[Tensor, Tensor]:
+        size, groups = self.work.query_block, self.work.groups
+        if self.fold:
+            out = out.view(batch, self.items, count, groups, size, -1).transpose(2, 3)
+            lses = lses.view(batch, self.items, count, groups, size).transpose(2, 3)
+        out = out.reshape(batch, heads, count * size, out.shape[-1])
+        lses = lses.reshape(batch, heads, count * size)
+        return out[:, :, :queries], lses[..., :queries]
+
+
+def _by_count(
+    chosen: Bool[Tensor, "items key_blocks"], step: Callable[[int], int]
+) -> Iterator[tuple[Int[Tensor, " rows"], Int[Tensor, "rows chosen"]]]:
+    """Items that select equally many blocks, a step at a time: their numbers and their blocks."""
+    counts = chosen.sum(-1)
+    columns = chosen.nonzero()[:, 1]
+    starts = counts.cumsum(0) - counts
+    order = counts.argsort(stable=True)
+    sorted_counts = counts[order]
+    values, lengths = torch.unique_consecutive(sorted_counts, return_counts=True)
+    begin = 0
+    for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
+        members = order[begin : begin + length]
+        begin += length
+        if value == 0:
+            continue
+        inner = torch.arange(value, device=chosen.device)
+        for at in range(0, length, step(value)):
+            rows = members[at : at + step(value)]
+            yield rows, columns[starts[rows][:, None] + inner]
+
+
+def _flex(work: _Work) -> tuple[Tensor, Tensor]:
+    """FlexAttention with the same selection. Not run on a GPU here; its CPU reference is in the contract."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    batch, heads, queries, _ = work.query.shape
+    keys = work.key.shape[2]
+    blocks = work.blocks
+
+    def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        item = h if blocks.shape[1] == heads else h * 0 if blocks.shape[1] == 1 else h // work.groups
+        seen = blocks[b if blocks.shape[0] > 1 else b * 0, item, row // work.query_block, column // work.key_block]
+        at = row + work.offset
+        if work.causal:
+            seen = seen & (column <= at)
+        if work.band is not None:
+            seen = seen & ((at - column < work.band.window) | (column < work.band.sinks))
+        if work.mask is not None:
+            inner = work.mask[
+                b if work.mask.shape[0] > 1 else b * 0,
+                h if work.mask.shape[1] > 1 else h * 0,
+                row if work.mask.shape[2] > 1 else row * 0,
+                column,
+            ]
+            seen = seen & inner
+        return seen
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return score if work.softcap is None else torch.tanh(score / work.softcap) * work.softcap
+
+    block_mask = create_block_mask(visible, batch, heads, queries, keys, device=work.query.device)
+    attend: Any = torch.compile(flex_attention) if work.query.device.type == "cuda" else flex_attention
+    output, lse = attend(
+        work.query, work.key, work.value, score_mod=capped, block_mask=block_mask, scale=work.scale,
+        enable_gqa=work.groups > 1, return_lse=True,
+    )  # fmt: skip
+    return output, lse.float()

@@ -1,0 +1,120 @@
+"""Attention over listed keys: each row, or each block of rows, names the keys it reads.
+
+    o_i = Σ_{j in K(b(i))} w_ij v_j ,   b(i) = the block of row i
+
+The listed keys of a few blocks at a time are copied side by side and run through the fused kernel; memory is O(step),
+whatever the number of rows. A key that is listed twice counts once.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from headway.errors import ArgumentError
+from headway.kernels.block_sparse import STEP_BYTES
+from headway.kernels.dense import check_heads, dense_attention
+from headway.kernels.fused import fused_attention
+
+
+def gathered_attention(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    index: Int[Tensor, "#batch #heads blocks chosen"],
+    valid: Bool[Tensor, "#batch #heads blocks chosen"] | None = None,
+    *,
+    query_block: int | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    offset: int | None = None,
+    mask: Bool[Tensor, "#batch #heads queries keys"] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Output (dtype of `value`) and log-sum-exp (float32).
+
+    `index` has one list per block of `query_block` rows (None: one list for all rows, or one per row, by its size) and
+    one entry for all heads, one per key head or one per query head; `valid` is False where an entry is only fill.
+    `causal`, `mask` hide listed keys. Rows that see nothing give zeros and -inf."""
+    groups = check_heads(query, key)
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    offset = keys - queries if offset is None else offset
+    size = row_block(index, queries, query_block)
+    index, valid = unique_keys(index, valid, keys)
+    count = index.shape[2]
+    rows = pad(query, (0, 0, 0, count * size - queries)).reshape(-1, size, query.shape[3])
+    repeat = heads // index.shape[1]
+    lists = index.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
+    real = valid.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
+    flat_key, flat_value = (x.reshape(-1, x.shape[3]) for x in (key, value))
+    per_item = max(lists.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size(), 1)
+    step = max(STEP_BYTES // per_item, 2 * torch.get_num_threads())
+    at = (torch.arange(count * size, device=query.device) + offset).view(count, size)
+    outputs, normalisers = [], []
+    for start in range(0, lists.shape[0], step):
+        item = torch.arange(start, min(start + step, lists.shape[0]), device=query.device)
+        which, block = item // count, item % count
+        base = (which // heads * kv_heads + which % heads // groups) * keys
+        chosen = lists[item]
+        seen = real[item][:, None].expand(-1, size, -1)
+        if causal:
+            seen = seen & (chosen[:, None] <= at[block][:, :, None])
+        if mask is not None:
+            row = (at[block] - offset).clamp(max=mask.shape[2] - 1)
+            owner = (which // heads).clamp(max=mask.shape[0] - 1)[:, None, None]
+            head = (which % heads).clamp(max=mask.shape[1] - 1)[:, None, None]
+            seen = seen & mask[owner, head, row[:, :, None], chosen[:, None]]
+        places = (chosen + base[:, None]).flatten()
+        part = rows[item][:, None]
+        gathered = [x[places].view(item.numel(), 1, -1, x.shape[1]) for x in (flat_key, flat_value)]
+        if softcap is None:
+            output, lse = fused_attention(part, *gathered, scale=scale, mask=seen[:, None])
+        else:
+            output, lse = dense_attention(
+                part, *gathered, scale=scale, mask=seen[:, None], softcap=softcap, empty_rows="zero"
+            )
+        outputs.append(output[:, 0])
+        normalisers.append(lse[:, 0] if lse is not None else seen.new_zeros(seen.shape[:2], dtype=torch.float32))
+    output = torch.cat(outputs).view(batch, heads, count * size, -1)[:, :, :queries]
+    lse = torch.cat(normalisers).view(batch, heads, count * size)[..., :queries]
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
+        output = (output.float() * torch.exp(lse - total)[..., None]).to(value.dtype)
+        lse = total
+    return output, lse
+
+
+def row_block(index: Int[Tensor, "#batch #heads blocks chosen"], queries: int, query_block: int | None) -> int:
+    """Rows per list. Raises ArgumentError when the number of lists does not cover the rows."""
+    lists = index.shape[2]
+    if query_block is None:
+        query_block = queries if lists == 1 else 1
+    if query_block < 1 or lists != -(-queries // query_block):
+        raise ArgumentError(
+            f"index: got {lists} lists for {queries} rows in blocks of {query_block}, expected "
+            f"{-(-queries // max(query_block, 1))}. Give one list per block of rows."
+        )
+    return query_block
+
+
+def unique_keys(
+    index: Int[Tensor, "#batch #heads blocks chosen"],
+    valid: Bool[Tensor, "#batch #heads blocks chosen"] | None,
+    keys: int,
+) -> tuple[Int[Tensor, "#batch #heads blocks chosen"], Bool[Tensor, "#batch #heads blocks chosen"]]:
+    """The lists in order, with fill and repeated keys marked as not valid. Raises ArgumentError for keys that are not
+    there."""
+    if valid is None:
+        valid = torch.ones_like(index, dtype=torch.bool)
+    named = index[valid.expand_as(index)]
+    if named.numel() and (int(named.min()) < 0 or int(named.max()) >= keys):
+        raise ArgumentError(f"index: got values from {int(named.min())} to {int(named.max())}, expected 0..{keys - 1}.")
+    ordered = index.masked_fill(~valid, keys).sort(-1).values
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    return ordered.clamp(max=keys - 1), fresh & (ordered < keys)

@@ -1,0 +1,180 @@
+"""Block-sparse attention: every form against the boolean mask, over shapes, masks, heads and padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headway.errors import ArgumentError
+from headway.kernels.block_sparse import Band, block_sparse_attention
+from headway.kernels.dense import dense_attention
+
+
+def _tensors(seed, batch, kv_heads, groups, queries, keys, dim=8, value_dim=8):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, kv_heads * groups, queries, dim, generator=generator)
+    key = torch.randn(batch, kv_heads, keys, dim, generator=generator)
+    return query, key, torch.randn(batch, kv_heads, keys, value_dim, generator=generator), generator
+
+
+CASES = {
+    "seed": st.integers(0, 1000),
+    "batch": st.integers(1, 2),
+    "kv_heads": st.integers(1, 2),
+    "groups": st.integers(1, 3),
+    "queries": st.integers(1, 21),
+    "past": st.integers(0, 9),
+    "query_block": st.sampled_from([1, 3, 4, 8]),
+    "key_block": st.sampled_from([2, 4, 5]),
+    "causal": st.booleans(),
+    "per": st.sampled_from(["all", "kv", "head"]),
+    "masked": st.sampled_from(["none", "padding", "pairs", "heads"]),
+    "band": st.sampled_from([None, Band(1, 3), Band(0, 7), Band(5, 1)]),
+    "softcap": st.sampled_from([None, 2.0]),
+    "learned": st.booleans(),
+    "value_dim": st.sampled_from([8, 4]),
+}
+
+
+def _case(
+    seed, batch, kv_heads, groups, queries, past, query_block, key_block, causal, per, masked, band, softcap,
+    learned, value_dim,
+):  # fmt: skip
+    keys = queries + past
+    query, key, value, generator = _tensors(seed, batch, kv_heads, groups, queries, keys, value_dim=value_dim)
+    heads = {"all": 1, "kv": kv_heads, "head": kv_heads * groups}[per]
+    shape = (batch, heads, -(-queries // query_block), -(-keys // key_block))
+    blocks = torch.rand(shape, generator=generator) > 0.5
+    mask = None
+    if masked != "none":
+        sizes = {
+            "padding": (batch, 1, 1, keys),
+            "pairs": (1, 1, queries, keys),
+            "heads": (batch, kv_heads * groups, queries, keys),
+        }
+        mask = torch.rand(sizes[masked], generator=generator) > 0.3
+    options = {
+        "query_block": query_block, "key_block": key_block, "causal": causal, "mask": mask, "band": band,
+        "softcap": softcap, "sinks": torch.randn(kv_heads * groups, generator=generator) if learned else None,
+    }  # fmt: skip
+    return (query, key, value, blocks), options
+
+
+@given(**CASES)
+@settings(max_examples=150, deadline=None)
+def test_gather_equals_masked(**case):
+    tensors, options = _case(**case)
+    want, want_lse = block_sparse_attention(*tensors, form="masked", **options)
+    got, got_lse = block_sparse_attention(*tensors, form="gather", **options)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(got_lse, want_lse, atol=2e-5, rtol=0)
+
+
+@given(**CASES | {"queries": st.integers(2, 12)})
+@settings(max_examples=12, deadline=None)
+def test_flex_equals_masked(**case):
+    tensors, options = _case(**case)
+    want, want_lse = block_sparse_attention(*tensors, form="masked", **options)
+    got, got_lse = block_sparse_attention(*tensors, form="flex", **options)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(got_lse, want_lse, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [32, 37])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("per_head", [True, False])
+def test_the_causal_diagonal_runs_as_one_batch(length, groups, per_head, monkeypatch):
+    from headway.kernels import block_sparse
+
+    query, key, value, generator = _tensors(1, 2, 2, groups, length, length)
+    count = -(-length // 8)
+    blocks = torch.rand(2, 2 * groups if per_head else 2, count, count, generator=generator) > 0.5
+    blocks |= torch.eye(count, dtype=torch.bool)
+    ran = []
+    plain = block_sparse._diagonal
+    monkeypatch.setattr(block_sparse, "_diagonal", lambda work: ran.append(1) or plain(work))
+    options = {"query_block": 8, "key_block": 8, "causal": True}
+    got, lse = block_sparse_attention(query, key, value, blocks, form="gather", **options)
+    want, want_lse = block_sparse_attention(query, key, value, blocks, form="masked", **options)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=0)
+    assert ran == [1]
+
+
+def test_all_blocks_are_dense_attention():
+    query, key, value, _ = _tensors(2, 2, 2, 2, 19, 23)
+    blocks = torch.ones(1, 1, 5, 6, dtype=torch.bool)
+    got, lse = block_sparse_attention(query, key, value, blocks, query_block=4, key_block=4, causal=True)
+    want, want_lse = dense_attention(query, key, value, causal=True)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=0)
+
+
+def test_gradients_agree_with_the_reference():
+    query, key, value, generator = (x for x in _tensors(3, 1, 2, 2, 13, 13))
+    blocks = (torch.rand(1, 4, 4, 4, generator=generator) > 0.5) | torch.eye(4, dtype=torch.bool)
+    grads = {}
+    for form in ("masked", "gather"):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out, _ = block_sparse_attention(*leaves, blocks, query_block=4, key_block=4, causal=True, form=form)
+        out.square().sum().backward()
+        grads[form] = [x.grad for x in leaves]
+    for got, want in zip(grads["gather"], grads["masked"], strict=True):
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+
+
+def test_bfloat16_stays_near_float32():
+    query, key, value, generator = _tensors(4, 1, 2, 2, 32, 32)
+    blocks = (torch.rand(1, 4, 4, 4, generator=generator) > 0.4) | torch.eye(4, dtype=torch.bool)
+    options = {"query_block": 8, "key_block": 8, "causal": True}
+    want, _ = block_sparse_attention(query, key, value, blocks, form="masked", **options)
+    got, lse = block_sparse_attention(*(x.bfloat16() for x in (query, key, value)), blocks, form="gather", **options)
+    assert got.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0)
+
+
+def test_rows_without_a_block_give_zeros():
+    query, key, value, _ = _tensors(5, 1, 1, 1, 8, 8)
+    blocks = torch.tensor([[[[True, False], [False, False]]]])
+    for form in ("masked", "gather"):
+        out, lse = block_sparse_attention(query, key, value, blocks, query_block=4, key_block=4, form=form)
+        assert bool((out[:, :, 4:] == 0).all())
+        assert bool((lse[:, :, 4:] == -torch.inf).all())
+        assert bool((out[:, :, :4] != 0).any())
+
+
+def test_heads_share_keys_without_copies_of_them():
+    """Grouped heads that select alike gather their keys once: a third of the copies of heads that do not."""
+    from headway.kernels import block_sparse
+
+    copied = []
+    plain = block_sparse._GatherPass._copy
+
+    def count(self, which, x, index):
+        copied.append(index.numel())
+        return plain(self, which, x, index)
+
+    query, key, value, generator = _tensors(6, 1, 2, 3, 64, 64)
+    blocks = (torch.rand(1, 2, 8, 8, generator=generator) > 0.5) | torch.eye(8, dtype=torch.bool)
+    totals = {}
+    for name, chosen in (("shared", blocks), ("per head", blocks.repeat_interleave(3, 1))):
+        copied.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(block_sparse._GatherPass, "_copy", count)
+            block_sparse_attention(query, key, value, chosen, query_block=8, key_block=8, causal=True, form="gather")
+        totals[name] = sum(copied)
+    assert totals["per head"] == 3 * totals["shared"] > 0
+
+
+def test_bad_arguments_are_named():
+    query, key, value, _ = _tensors(7, 1, 1, 1, 8, 8)
+    blocks = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    with pytest.raises(ArgumentError, match="form"):
+        block_sparse_attention(query, key, value, blocks, query_block=4, key_block=4, form="fast")
+    with pytest.raises(ArgumentError, match=r"blocks: got torch.bool of shape \(1, 1, 2, 2\)"):
+        block_sparse_attention(query, key, value, blocks, query_block=4, key_block=8)
+    with pytest.raises(ArgumentError, match="at least 1 token"):
+        block_sparse_attention(query, key, value, blocks, query_block=0, key_block=4)
