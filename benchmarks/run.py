@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import headway
+from benchmarks.executor import crossover, executor, executor_flex
 from benchmarks.harness import compare
 from headway.door import Observer
 
@@ -208,7 +209,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
         import_headway, nothing_attached, empty_observer, capture_4096, capture_2048, output_attentions_2048,
-        sampled_rows, look_default, capture_32768,
+        sampled_rows, look_default, capture_32768, executor, executor_flex, crossover,
     )
 }  # fmt: skip
 

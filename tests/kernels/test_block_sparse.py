@@ -93,8 +93,8 @@ def test_the_causal_diagonal_runs_as_one_batch(length, groups, per_head, monkeyp
     blocks = torch.rand(2, 2 * groups if per_head else 2, count, count, generator=generator) > 0.5
     blocks |= torch.eye(count, dtype=torch.bool)
     ran = []
-    plain = block_sparse._diagonal
-    monkeypatch.setattr(block_sparse, "_diagonal", lambda work: ran.append(1) or plain(work))
+    plain = block_sparse._Tiles.diagonal
+    monkeypatch.setattr(block_sparse._Tiles, "diagonal", lambda tiles: ran.append(1) or plain(tiles))
     options = {"query_block": 8, "key_block": 8, "causal": True}
     got, lse = block_sparse_attention(query, key, value, blocks, form="gather", **options)
     want, want_lse = block_sparse_attention(query, key, value, blocks, form="masked", **options)
@@ -151,7 +151,7 @@ def test_heads_share_keys_without_copies_of_them():
     from headway.kernels import block_sparse
 
     copied = []
-    plain = block_sparse._GatherPass._copy
+    plain = block_sparse._Tiles._copy
 
     def count(self, which, x, index):
         copied.append(index.numel())
@@ -163,7 +163,7 @@ def test_heads_share_keys_without_copies_of_them():
     for name, chosen in (("shared", blocks), ("per head", blocks.repeat_interleave(3, 1))):
         copied.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(block_sparse._GatherPass, "_copy", count)
+            patch.setattr(block_sparse._Tiles, "_copy", count)
             block_sparse_attention(query, key, value, chosen, query_block=8, key_block=8, causal=True, form="gather")
         totals[name] = sum(copied)
     assert totals["per head"] == 3 * totals["shared"] > 0

@@ -26,11 +26,12 @@ from torch.nn.functional import pad
 
 from headway.errors import ArgumentError, unknown
 from headway.kernels.dense import check_heads, dense_attention
-from headway.kernels.fused import fused_attention, merge_attention
+from headway.kernels.fused import fused_attention
 
 FORMS = ("auto", "masked", "gather", "flex")
-#: Bytes of gathered keys and values per step: two of these fit the L2 cache of a core beside the kernel's own tiles.
-STEP_BYTES = 1 << 21
+#: Bytes of gathered keys and values per step: more falls out of the cache before it is read, less costs calls (4 MiB was
+#: best of 1 to 16).
+STEP_BYTES = 1 << 22
 #: Where selecting stops paying on a CPU, measured by `benchmarks/run.py crossover`: fewer keys than this, or a larger
 #: share of the visible pairs.
 CROSSOVER_KEYS = 1024
@@ -154,11 +155,6 @@ class _Work:
     def groups(self) -> int:
         return self.query.shape[1] // self.key.shape[1]
 
-    @property
-    def folds(self) -> bool:
-        """Whether the query heads of a group select alike, so that they share one gathered copy."""
-        return self.blocks.shape[1] in (1, self.key.shape[1])
-
     def query_at(self) -> Int[Tensor, "query_blocks query_block"]:
         """Key position of every row of every query block."""
         rows = torch.arange(self.blocks.shape[2] * self.query_block, device=self.query.device)
@@ -244,32 +240,16 @@ def _gather(work: _Work) -> tuple[Tensor, Tensor]:
     if some.shape[1] > 1 and blocks.shape[1] not in (1, some.shape[1]):
         blocks = blocks.repeat_interleave(some.shape[1] // blocks.shape[1], 1)
     selected = blocks & some
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (work.query, work.key, work.value))
-    if differentiable:
-        return _GatherPass(work, fold=False).run(selected, masked=True)
-    full = selected & whole
-    parts = [_GatherPass(work, fold=work.folds and _agrees(full, work)).run(full, masked=False)]
+    tiles = _Tiles(work)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (work.query, work.key, work.value)):
+        return tiles.differentiable(selected)
     partial = selected & ~whole
-    if _is_plain_diagonal(work, partial):
-        parts.append(_diagonal(work))
-    elif bool(partial.any()):
-        parts.append(_GatherPass(work, fold=False).run(partial, masked=True))
-    if len(parts) == 1:
-        return parts[0]
-    outputs, normalisers = zip(*parts, strict=True)
-    return _merge_two(outputs, normalisers)
-
-
-def _merge_two(outputs: tuple[Tensor, Tensor], lses: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`merge_attention` of two parts in place: o = o₁ + σ(lse₂ − lse₁)(o₂ − o₁)."""
-    if outputs[0].dtype != torch.float32:
-        return merge_attention(outputs, lses)
-    share = torch.sigmoid(lses[1] - lses[0]).nan_to_num_(0.0)
-    return outputs[0].lerp_(outputs[1], share[..., None]), torch.logaddexp(lses[0], lses[1])
-
-
-def _agrees(selected: Tensor, work: _Work) -> bool:
-    return selected.shape[1] in (1, work.key.shape[1])
+    plain = _is_plain_diagonal(work, partial)
+    result = tiles.diagonal() if plain else tiles.nothing()
+    tiles.add(result, selected & whole, masked=False)
+    if not plain and bool(partial.any()):
+        tiles.add(result, partial, masked=True)
+    return tiles.whole(*result)
 
 
 def _is_plain_diagonal(work: _Work, partial: Tensor) -> bool:
@@ -284,124 +264,107 @@ def _is_plain_diagonal(work: _Work, partial: Tensor) -> bool:
     return bool((partial == eye).all())
 
 
-def _diagonal(work: _Work) -> tuple[Tensor, Tensor]:
-    """Every block with itself, as one causal batch."""
-    batch, heads, queries, dim = work.query.shape
-    size, groups = work.query_block, work.groups
-    count = -(-queries // size)
-    extra = count * size - queries
+class _Tiles:
+    """Queries, keys and values cut into blocks, and the passes over chosen pairs of them. An item is one query block of
+    one head: (batch · heads · query_blocks, query_block, dim)."""
 
-    def cut(x: Tensor) -> Tensor:
-        x = pad(x, (0, 0, 0, extra)) if extra else x
-        return x.reshape(x.shape[0], x.shape[1], count, size, x.shape[3])
-
-    key, value = (
-        cut(x).transpose(1, 2).reshape(batch * count, x.shape[1], size, x.shape[3]) for x in (work.key, work.value)
-    )
-    query = cut(work.query).transpose(1, 2).reshape(batch * count, heads, size, dim)
-    output, lse = fused_attention(query, key, value, scale=work.scale, causal=True)
-    if lse is None:
-        raise ArgumentError(f"groups: got {groups} query heads per key head without a log-sum-exp, expected one.")
-    output = output.view(batch, count, heads, size, -1).transpose(1, 2).reshape(batch, heads, count * size, -1)
-    lse = lse.reshape(batch, count, heads, size).transpose(1, 2).reshape(batch, heads, count * size)
-    return output[:, :, :queries], lse[..., :queries]
-
-
-class _GatherPass:
-    """One pass over chosen pairs of blocks. With `fold`, the query heads of a group are rows of one item."""
-
-    def __init__(self, work: _Work, *, fold: bool) -> None:
+    def __init__(self, work: _Work) -> None:
         self.work = work
-        self.rows_per_item = work.query_block * (work.groups if fold else 1)
-        self.items = work.key.shape[1] if fold else work.query.shape[1]
-        self.fold = fold
+        self.batch, self.heads, self.queries, _ = work.query.shape
+        self.kv_heads = work.key.shape[1]
+        self.count = work.blocks.shape[2]
+        self.query = self._cut(work.query, work.query_block)
+        self.key, self.value = (self._cut(x, work.key_block).flatten(1) for x in (work.key, work.value))
         self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def run(self, selected: Tensor, *, masked: bool) -> tuple[Tensor, Tensor]:
-        work = self.work
-        batch, heads, queries, _ = work.query.shape
-        count, chosen_of = selected.shape[2], self._per_item(selected)
-        query = self._queries(count)
-        key, value = (self._blocks(x) for x in (work.key, work.value))
-        outputs: list[Tensor] = []
-        normalisers: list[Tensor] = []
-        places: list[Tensor] = []
-        for rows, columns in _by_count(chosen_of, self._step_rows()):
-            output, lse = self._attend(query, key, value, rows, columns, count, masked)
-            outputs.append(output)
-            normalisers.append(lse)
-            places.append(rows)
-        value_dim = work.value.shape[3]
-        order = torch.cat(places).argsort() if places else torch.empty(0, dtype=torch.long, device=query.device)
-        if not places:
-            out = query.new_zeros(0, self.rows_per_item, value_dim)
-            lses = query.new_zeros(0, self.rows_per_item, dtype=torch.float32)
-        else:
-            out, lses = torch.cat(outputs), torch.cat(normalisers)
-        total = batch * self.items * count
-        if order.numel() == total:
-            out, lses = out[order], lses[order]
-        else:
-            at = torch.cat(places) if places else order
-            out = query.new_zeros(total, self.rows_per_item, value_dim).index_copy(0, at, out)
-            lses = torch.full(
-                (total, self.rows_per_item), -torch.inf, dtype=torch.float32, device=query.device
-            ).index_copy(0, at, lses)
-        return self._unfold(out, lses, batch, heads, count, queries)
+    @staticmethod
+    def _cut(x: Tensor, size: int) -> Float[Tensor, "blocks size dim"]:
+        extra = -x.shape[2] % size
+        return (pad(x, (0, 0, 0, extra)) if extra else x).reshape(-1, size, x.shape[3])
 
-    def _per_item(self, selected: Tensor) -> Bool[Tensor, "items key_blocks"]:
-        batch = self.work.query.shape[0]
-        per = selected
-        if per.shape[1] not in (1, self.items):
-            per = per.repeat_interleave(self.items // per.shape[1], 1)
-        return per.expand(batch, self.items, -1, -1).flatten(0, 2)
+    def whole(self, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Items as (batch, heads, queries, value_dim) and (batch, heads, queries)."""
+        output = output.view(self.batch, self.heads, -1, output.shape[2])
+        return output[:, :, : self.queries], lse.view(self.batch, self.heads, -1)[:, :, : self.queries]
 
-    def _queries(self, count: int) -> Float[Tensor, "items rows dim"]:
-        work = self.work
-        batch, heads, queries, dim = work.query.shape
-        extra = count * work.query_block - queries
-        query = pad(work.query, (0, 0, 0, extra)) if extra else work.query
-        query = query.reshape(batch, heads, count, work.query_block, dim)
-        if self.fold:
-            query = query.view(batch, self.items, work.groups, count, work.query_block, dim).transpose(2, 3)
-        return query.reshape(batch * self.items * count, self.rows_per_item, dim)
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        items, size, _ = self.query.shape
+        lse = torch.full((items, size), -torch.inf, dtype=torch.float32, device=self.query.device)
+        return self.query.new_zeros(items, size, self.work.value.shape[3]), lse
 
-    def _blocks(self, x: Tensor) -> Float[Tensor, "all_blocks flat"]:
-        extra = -x.shape[2] % self.work.key_block
-        x = pad(x, (0, 0, 0, extra)) if extra else x
-        return x.reshape(-1, self.work.key_block * x.shape[3])
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Every block with itself, head by head: a head's blocks are one causal batch, and nothing is copied."""
+        output = self.query.new_empty(*self.query.shape[:2], self.work.value.shape[3])
+        lse = torch.empty(self.query.shape[:2], dtype=torch.float32, device=self.query.device)
+        key, value = (x.view(x.shape[0], self.work.key_block, -1) for x in (self.key, self.value))
+        for head in range(self.batch * self.heads):
+            own = slice(head * self.count, (head + 1) * self.count)
+            kv = head // self.work.groups
+            theirs = slice(kv * self.count, (kv + 1) * self.count)
+            part, part_lse = fused_attention(
+                self.query[own, None], key[theirs, None], value[theirs, None], scale=self.work.scale, causal=True
+            )
+            output[own] = part[:, 0]
+            lse[own] = _given(part_lse)[:, 0]
+        return output, lse
 
-    def _step_rows(self) -> Callable[[int], int]:
-        """Items per step for a number of chosen blocks, so that what is gathered stays in cache."""
-        work = self.work
-        per_block = work.key_block * (work.key.shape[3] + work.value.shape[3]) * work.key.element_size()
+    def add(self, result: tuple[Tensor, Tensor], selected: Tensor, *, masked: bool) -> None:
+        """Merges the chosen pairs into a result, a step at a time while it is in cache:
+        o ← o + σ(lse′ − lse)(o′ − o)."""
+        output, lse = result
+        for items, part, part_lse in self._steps(selected, masked, fold=not masked):
+            before = lse[items]
+            share = torch.sigmoid(part_lse - before).nan_to_num_(0.0)[..., None]
+            merged = output[items].float().lerp_(part.float(), share)
+            output.index_copy_(0, items, merged.to(output.dtype))
+            lse.index_copy_(0, items, torch.logaddexp(before, part_lse))
+
+    def differentiable(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """One masked pass that gradients can flow through."""
+        steps = list(self._steps(selected, masked=True, fold=False))
+        if not steps:
+            return self.whole(*self.nothing())
+        items, outputs, normalisers = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        empty, no_lse = self.nothing()
+        return self.whole(empty.index_copy(0, items, outputs), no_lse.index_copy(0, items, normalisers))
+
+    def _steps(self, selected: Tensor, masked: bool, fold: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Item numbers, outputs and log-sum-exps of some items at a time. With `fold`, and where the query heads of a
+        group select alike, these heads share one gathered copy of their keys."""
+        fold = fold and selected.shape[1] in (1, self.kv_heads)
+        heads = self.kv_heads if fold else self.heads
+        groups = self.work.groups if fold else 1
+        if selected.shape[1] not in (1, heads):
+            selected = selected.repeat_interleave(heads // selected.shape[1], 1)
+        chosen = selected.expand(self.batch, heads, -1, -1).flatten(0, 2)
+        member = torch.arange(groups, device=chosen.device)
+        for rows, columns in _by_count(chosen, self._step_rows(groups)):
+            owner, block = rows // self.count, rows % self.count
+            items = ((owner[:, None] * groups + member) * self.count + block[:, None]).flatten()
+            kv_head = owner if fold else owner // self.work.groups
+            blocks = columns + (kv_head * self.work.blocks.shape[3])[:, None]
+            seen = None
+            if masked:
+                seen = self.work.tile_mask(owner // self.heads, owner % self.heads, block, columns)[:, None]
+            part, lse = self._attend(self.query[items].view(rows.numel(), 1, -1, self.query.shape[2]), blocks, seen)
+            yield items, part.reshape(items.numel(), -1, part.shape[3]), lse.reshape(items.numel(), -1)
+
+    def _step_rows(self, groups: int) -> Callable[[int], int]:
+        """Rows per step for a number of chosen blocks, so that what is gathered stays in cache."""
+        per_block = self.work.key_block * (self.work.key.shape[3] + self.work.value.shape[3]) * self.key.element_size()
         least = 2 * torch.get_num_threads()
         return lambda chosen: max(least, STEP_BYTES // max(chosen * per_block, 1))
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, count: int, masked: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of some items over their (rows, chosen) key blocks."""
-        work = self.work
-        item, block = rows // count, rows % count
-        batch, head = item // self.items, item % self.items
-        kv_head = head if self.fold else head // work.groups
-        blocks = columns + ((batch * work.key.shape[1] + kv_head) * work.blocks.shape[3])[:, None]
-        gathered = [
-            self._copy(i, x, blocks.flatten()).view(rows.numel(), 1, -1, like.shape[3])
-            for i, (x, like) in enumerate(((key, work.key), (value, work.value)))
-        ]
-        seen = work.tile_mask(batch, head, block, columns)[:, None] if masked else None
-        part = query[rows][:, None]
+    def _attend(self, query: Tensor, blocks: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        work, rows = self.work, query.shape[0]
+        key, value = (
+            self._copy(which, x, blocks.flatten()).view(rows, 1, -1, like.shape[3])
+            for which, (x, like) in enumerate(((self.key, work.key), (self.value, work.value)))
+        )
         if work.softcap is None:
-            output, lse = fused_attention(part, *gathered, scale=work.scale, mask=seen)
-        else:
-            output, lse = dense_attention(
-                part, *gathered, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero"
-            )
-        if lse is None:
-            raise ArgumentError("kernel: got no log-sum-exp, expected one. Use form='masked' on this device.")
-        return output[:, 0], lse[:, 0]
+            output, lse = fused_attention(query, key, value, scale=work.scale, mask=seen)
+            return output, _given(lse)
+        return dense_attention(query, key, value, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero")
 
     def _copy(self, which: int, x: Tensor, index: Tensor) -> Tensor:
         """The chosen blocks side by side, in a buffer that is used again (a fresh one where gradients flow)."""
@@ -414,16 +377,11 @@ class _GatherPass:
         out = self.buffers[which][:need].view(index.numel(), x.shape[1])
         return torch.index_select(x.detach(), 0, index, out=out)
 
-    def _unfold(
-        self, out: Tensor, lses: Tensor, batch: int, heads: int, count: int, queries: int
-    ) -> tuple[Tensor, Tensor]:
-        size, groups = self.work.query_block, self.work.groups
-        if self.fold:
-            out = out.view(batch, self.items, count, groups, size, -1).transpose(2, 3)
-            lses = lses.view(batch, self.items, count, groups, size).transpose(2, 3)
-        out = out.reshape(batch, heads, count * size, out.shape[-1])
-        lses = lses.reshape(batch, heads, count * size)
-        return out[:, :, :queries], lses[..., :queries]
+
+def _given(lse: Tensor | None) -> Tensor:
+    if lse is None:
+        raise ArgumentError("kernel: got no log-sum-exp on this device, expected one. Pass form='masked'.")
+    return lse
 
 
 def _by_count(

@@ -65,6 +65,12 @@ CRITERIA = {
 }
 
 
+_SEEN = (
+    "This bound was set after exploratory numbers of this model had been seen: read the verdict as a description of "
+    "this model and text until another one repeats it."
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How much is measured. `lengths` includes `length`; the sequences of all lengths start at the same tokens."""
@@ -251,7 +257,7 @@ def _data_claims(data: dict[str, Any], context: Context) -> list[Claim]:
             measured=sink,
             criterion=CRITERIA["sink-on-first-token"],
             others={"next": Measurement(natural["next"])},
-            notes=f"The bound of {PAPER_SMALL_MODEL:.2%} is the paper's own 60 M model with softmax.",
+            notes=f"The bound of {PAPER_SMALL_MODEL:.2%} is the paper's own 60 M model with softmax. {_SEEN}",
             details={**details, "summary": natural["summary"]},
         ),
         Claim(
@@ -261,6 +267,7 @@ def _data_claims(data: dict[str, Any], context: Context) -> list[Claim]:
             measured=_mean(random["sink"], context, "random"),
             baseline=sink,
             criterion=CRITERIA["sink-on-random-tokens"],
+            notes=_SEEN,
             details={"summary": random["summary"]},
         ),
         Claim(
@@ -270,6 +277,7 @@ def _data_claims(data: dict[str, Any], context: Context) -> list[Claim]:
             measured=_mean(repeated["sink"], context, "repeated"),
             baseline=sink,
             criterion=CRITERIA["no-sink-on-repeated-token"],
+            notes=_SEEN,
             details={"summary": repeated["summary"]},
         ),
     ]
@@ -284,7 +292,7 @@ def _first_token_claim(first: dict[str, Any], context: Context) -> Claim:
         paper=PaperValue("≈ 27 % against 18.18 %", "60 M model, random first token in training", "data distribution"),
         measured=ratio,
         criterion=CRITERIA["sink-without-special-token"],
-        notes="The paper's figure is from training with random first tokens; here a trained model meets one.",
+        notes=f"The paper's figure is from training with random first tokens; here a trained model meets one. {_SEEN}",
         details={name: v["verdict"] for name, v in variants.items()},
     )
 
@@ -298,6 +306,7 @@ def _length_claim(length: dict[str, Any], settings: Settings, context: Context) 
         paper=PaperValue("ε = 0.3 is strict enough to be stable in T", "", "the metric"),
         measured=ratio,
         criterion=CRITERIA["stable-in-length"],
+        notes=_SEEN,
         details={
             "sink_rate_first": {t: v["summary"]["sink_rate_first"] for t, v in length.items()},
             "sink_rate_first_by_layer": {t: v["summary"]["sink_rate_first_by_layer"] for t, v in length.items()},
@@ -316,6 +325,7 @@ def _companion_claims(natural: dict[str, Any], context: Context) -> list[Claim]:
             measured=_mean(natural["cosine_gap"], context, "cosine gap"),
             others={"key_norm": _mean(natural["key_norm"], context, "key norm", unit="×")},
             criterion=CRITERIA["cosine-not-norm"],
+            notes=_SEEN,
             details={name: by_layer[name] for name in ("first_cosine", "other_cosine", "key_norm_ratio")},
         ),
         Claim(
@@ -324,6 +334,7 @@ def _companion_claims(natural: dict[str, Any], context: Context) -> list[Claim]:
             paper=PaperValue("‖v_1‖ small", "", "companion statistics"),
             measured=_mean(natural["value_norm"], context, "value norm", unit="×"),
             criterion=CRITERIA["value-drain"],
+            notes=_SEEN,
             details={"value_norm_ratio": by_layer["value_norm_ratio"]},
         ),
         Claim(
@@ -332,6 +343,7 @@ def _companion_claims(natural: dict[str, Any], context: Context) -> list[Claim]:
             paper=PaperValue("‖h_1‖ far above the mean", "", "companion statistics"),
             measured=_mean(natural["hidden_ratio"], context, "hidden ratio", unit="×"),
             criterion=CRITERIA["massive-activation"],
+            notes=_SEEN,
             details={"hidden_norm_ratio": by_layer["hidden_norm_ratio"]},
         ),
     ]
