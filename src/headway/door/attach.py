@@ -290,7 +290,11 @@ class Door:
         past = _cache_length(kwargs)
         local.step = getattr(local, "step", -1) + 1 if past else 0
         local.forward = Forward(
-            step=local.step, padding=_padding(kwargs), cache=kwargs.get("past_key_values"), inputs=kwargs
+            step=local.step,
+            padding=_padding(kwargs),
+            cache=kwargs.get("past_key_values"),
+            model=module,
+            inputs=kwargs,
         )
         local.fired = defaultdict(int)
         local.hidden = {}

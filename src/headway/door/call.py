@@ -38,7 +38,8 @@ class Site:
 
 @dataclass
 class Forward:
-    """What one forward pass of the host shares between its sites. `scratch` lives for that forward only."""
+    """What one forward pass of the host shares between its sites. `scratch` lives for that forward only; `model` is
+    the module whose forward it is."""
 
     step: int = 0
     phase: str = "prefill"
@@ -47,6 +48,7 @@ class Forward:
     cache: Any = None
     grid: tuple[int, ...] | None = None
     timestep: Tensor | None = None
+    model: torch.nn.Module | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     scratch: dict[Any, Any] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)

@@ -466,8 +466,8 @@ def _model_claims(model: dict[str, Any], context: Context) -> list[Claim]:
             paper=PaperValue("layers 4–46 of 48", "DeepSeek-R1-Distill-Qwen-14B", "example"),
             measured=primary,
             criterion=CRITERIA["model-has-primary"],
-            notes="That a primary sink is there had been seen before this was written. How many secondary sinks there are, "
-            "and where, is reported and not judged.",
+            notes="That a primary sink is there had been seen before this was written. How many secondary sinks there "
+            "are, and where, is reported and not judged.",
             details={
                 "model": model["model"],
                 "texts": len(rows),

@@ -1,0 +1,295 @@
+"""The cache policy: sinks and a window of the last tokens, at positions in the cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from headway.door.caches import PolicyCache
+from headway.door.call import AttentionCall
+from headway.door.rotary import host_frequencies
+from headway.door.stages import CachePolicy
+from headway.errors import ArgumentError, HostError, unknown
+from headway.kernels.rope import Layout, rotate
+from headway.methods.long_context.streaming_llm.store import StreamingLayer
+
+log = logging.getLogger(__name__)
+
+#: Positions up to which angles in float32 are exact to about 0.002 radians; stored keys are turned back before.
+REBASE_AT = 32_768
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamingLLM(CachePolicy):
+    """Attention sinks and a window: `headway.use(model, StreamingLLM(sinks=4, window=1020))`.
+
+    sinks: first tokens that stay (S). window: last tokens that stay (W). positions: "cache" is the paper's rule, "text"
+    leaves the sinks at their true distances. evict: "after" lets a step see its own token beside S + W stored ones, as
+    the released code does; "before" holds it to S + W in all. rebase_at: host positions never grow beyond about this;
+    None takes the host's own number of positions, at most 32,768.
+
+    Raises ArgumentError for numbers that cannot be, HostError at the first forward for hosts without rotary positions
+    or with fewer positions than sinks + window."""
+
+    sinks: int = 4
+    window: int = 1020
+    positions: str = "cache"
+    evict: str = "after"
+    rebase_at: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.window < 1:
+            raise ArgumentError(f"sinks, window: got {self.sinks}, {self.window}; expected sinks ≥ 0 and window ≥ 1.")
+        if self.positions not in ("cache", "text"):
+            raise unknown("positions", self.positions, ("cache", "text"))
+        if self.evict not in ("after", "before"):
+            raise unknown("evict", self.evict, ("after", "before"))
+        if self.rebase_at is not None and self.rebase_at < 2 * self.capacity:
+            raise ArgumentError(
+                f"rebase_at: got {self.rebase_at}, expected at least {2 * self.capacity}, twice sinks + window."
+            )
+
+    @property
+    def capacity(self) -> int:
+        """C = S + W."""
+        return self.sinks + self.window
+
+    @property
+    def reach(self) -> int:
+        """Largest distance of a window key."""
+        return self.window if self.evict == "after" else self.window - 1
+
+    @property
+    def saturation(self) -> int:
+        """Cache position of a query once the cache is full."""
+        return self.sinks + self.reach
+
+    def make_cache(self, model: nn.Module) -> StreamingCache:
+        return StreamingCache(self, model)
+
+    def enter(self, cache: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Host positions are those of the text without padding, less what was turned back."""
+        given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if not isinstance(given, Tensor):
+            return inputs
+        mask = inputs.get("attention_mask")
+        cache.learn_padding(mask, given.shape[0])
+        start = cache.get_seq_length()
+        places = torch.arange(start, start + given.shape[1], device=given.device)[None]
+        places = places - cache.first.to(given.device)[:, None]
+        return inputs | {"position_ids": (places - cache.turned_back).clamp(min=0)}
+
+    def read(self, call: AttentionCall) -> Sequence[AttentionCall] | None:
+        if call.site.kind != "self":
+            return None
+        if call.bias is not None:
+            raise HostError(
+                f"{call.site.name}: got a position bias (ALiBi or relative), expected rotary positions. StreamingLLM "
+                "places keys by rotation."
+            )
+        cache = call.forward.cache
+        if not isinstance(cache, StreamingCache):
+            return self._read_whole(call)
+        layer = cache.layers[_layer_index(call)]
+        if call.queries == 1 and layer.contiguous and not _narrow(call, self.reach):
+            return [self._read_step(call, layer, cache)]
+        own = call.query_positions[None] - cache.first.to(call.query.device)[:, None]
+        return self._two_parts(call, layer.sink_keys(), layer.window_keys(), own, cache.turned_back, layer.frequencies,
+                               layer.layout)  # fmt: skip
+
+    def settle(self, cache: Any) -> None:
+        cache.settle()
+
+    def _read_step(self, call: AttentionCall, layer: StreamingLayer, cache: StreamingCache) -> AttentionCall:
+        """One query row: the sinks, placed anew, stand in front of the window in one buffer."""
+        own = call.query_positions[-1] - cache.first
+        shift = self._shift(own) if self.positions == "cache" else torch.zeros_like(own)
+        key, value = layer.with_sinks(shift - cache.turned_back)
+        return call.replace(key=key, value=value, mask=None, causal=False, first_key=0, first_query=None)
+
+    def _shift(self, own: Tensor) -> Tensor:
+        """By how much a query stands further in the text than in the cache."""
+        return (own - self.saturation).clamp(min=0)
+
+    def _read_whole(self, call: AttentionCall) -> Sequence[AttentionCall]:
+        """A forward without a cache: the same mathematics over its own tokens."""
+        padding = call.forward.padding
+        batch = call.query.shape[0]
+        first = torch.zeros(batch, dtype=torch.long) if padding is None else padding.long().argmax(1).cpu()
+        places = torch.arange(call.keys)[None] - first[:, None]
+        order = (first[:, None] + torch.arange(self.sinks)).clamp(max=call.keys - 1)
+        index = order.to(call.key.device)[:, None, :, None]
+        sink_places = places.gather(1, order)
+        sink = (
+            call.key.gather(2, index.expand(-1, call.key.shape[1], -1, call.key.shape[3])),
+            call.value.gather(2, index.expand(-1, call.key.shape[1], -1, call.value.shape[3])),
+            torch.where(sink_places == torch.arange(self.sinks), sink_places, -1),
+        )
+        frequencies, layout = _frequencies(call, _layer_index(call))
+        own = call.query_positions[None] - first.to(call.query.device)[:, None]
+        return self._two_parts(call, sink, (call.key, call.value, places), own, 0, frequencies, layout)
+
+    def _two_parts(
+        self,
+        call: AttentionCall,
+        sink: tuple[Tensor, Tensor, Tensor],
+        window: tuple[Tensor, Tensor, Tensor],
+        own: Int[Tensor, "batch queries"],
+        turned_back: int,
+        frequencies: Tensor | None,
+        layout: Layout,
+    ) -> list[AttentionCall]:
+        """Sinks for queries that are turned to their cache positions, and the window as it stands. Places are those in
+        the text without padding; negative ones are no tokens."""
+        common: dict[str, Any] = {"causal": False, "first_key": 0, "first_query": None}
+        parts = []
+        key, value, places = window
+        places = places.to(own.device)
+        distance = own[:, :, None] - places[:, None]
+        reach = self.reach if call.site.window is None else min(self.reach, call.site.window - 1)
+        seen = (distance >= 0) & (distance <= reach) & (places >= self.sinks)[:, None]
+        query = call.query
+        if self.sinks:
+            sink_key, sink_value, sink_places = sink
+            sink_places = sink_places.to(own.device)
+            sink_seen = (sink_places >= 0)[:, None] & (sink_places[:, None] <= own[:, :, None])
+            if self.positions == "cache" and frequencies is not None:
+                # The query stands at own − turned_back; the sinks stand where they were first rotated.
+                query = rotate(query, turned_back - self._shift(own), frequencies, layout)
+            elif turned_back and frequencies is not None:
+                query = rotate(query, torch.full_like(own, turned_back), frequencies, layout)
+            parts.append(
+                call.replace(
+                    query=query, key=sink_key, value=sink_value, mask=sink_seen[:, None], sinks=None,
+                    key_at=sink_places[:, None], **common,
+                )
+            )  # fmt: skip
+        parts.append(call.replace(key=key, value=value, mask=seen[:, None], key_at=places[:, None], **common))
+        return parts
+
+
+class StreamingCache(PolicyCache):
+    """The cache of one stream. `first` is the column of the first real token of each row."""
+
+    layers: list[StreamingLayer]  # type: ignore[assignment]
+
+    def __init__(self, policy: StreamingLLM, model: nn.Module) -> None:
+        config: Any = getattr(model.config, "text_config", None) or model.config
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(positions, int) and policy.capacity > positions:
+            raise HostError(
+                f"sinks, window: got {policy.sinks} + {policy.window} = {policy.capacity}, expected no more than the "
+                f"{positions} positions of {type(model).__name__}. Use a smaller window."
+            )
+        limit = policy.rebase_at or max(min(positions or REBASE_AT, REBASE_AT), 2 * policy.capacity)
+        layers = []
+        for index in range(config.num_hidden_layers):
+            frequencies, layout = host_frequencies(model, index)
+            layers.append(StreamingLayer(policy.sinks, policy.reach, frequencies, layout))
+        if all(layer.frequencies is None for layer in layers):
+            raise HostError(
+                f"{type(model).__name__}: got a host without rotary positions, expected RoPE. Learned absolute "
+                "positions and ALiBi cannot be placed anew in a cache of keys."
+            )
+        windows = getattr(config, "sliding_window", None)
+        if isinstance(windows, int) and windows < policy.reach and getattr(config, "use_sliding_window", True):
+            log.warning(
+                "StreamingLLM: layers with a window of %d tokens keep to it; %d was asked.", windows, policy.window
+            )
+        super().__init__(policy, list(layers))
+        self.limit = limit
+        self.turned_back = 0
+        self.first = torch.zeros(1, dtype=torch.long)
+
+    def learn_padding(self, mask: Any, batch: int) -> None:
+        """Takes the left padding of each row from the mask of the request's first forward."""
+        if self.get_seq_length():
+            return
+        self.turned_back = 0
+        given = isinstance(mask, Tensor) and mask.ndim == 2
+        self.first = mask.bool().long().argmax(1).cpu() if given else torch.zeros(batch, dtype=torch.long)
+        for layer in self.layers:
+            layer.first = self.first
+
+    def settle(self) -> None:
+        """Evicts, and turns the stored keys back when positions have grown far."""
+        for layer in self.layers:
+            layer.evict()
+        ahead = self.get_seq_length() - int(self.first.max()) - self.turned_back
+        if ahead > self.limit:
+            back = ahead - self.policy.capacity
+            for layer in self.layers:
+                layer.turn_back(back)
+            self.turned_back += back
+
+    def contains(self, position: int) -> bool:
+        """Whether the token at a position of the text (padding not counted) is still held, in every row."""
+        held = self.layers[0].held()
+        return bool((held == position).any(1).all())
+
+    def evict_for_space(self, tokens: int) -> None:
+        """Makes room for a turn of so many tokens before it comes: the window shrinks by as much."""
+        if tokens < 0:
+            raise ArgumentError(f"tokens: got {tokens}, expected at least 0.")
+        left = self.policy.reach - tokens
+        if left <= 0:
+            log.warning(
+                "StreamingLLM: a turn of %d tokens leaves nothing of a window of %d; only the sinks stay.",
+                tokens, self.policy.window,
+            )  # fmt: skip
+        for layer in self.layers:
+            layer.evict(max(left, 0))
+
+    def _rows(self, index: Tensor) -> None:
+        self.first = self.first[index.cpu()]
+        for layer in self.layers:
+            layer.first = self.first
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(torch.arange(self.first.numel()).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        super().reset()
+        self.turned_back = 0
+
+    def stored_bytes(self) -> int:
+        """Bytes of the keys and values that are held."""
+        return sum(layer.sink_store.bytes + layer.window_bytes for layer in self.layers)
+
+
+def _layer_index(call: AttentionCall) -> int:
+    index = getattr(call.module, "layer_idx", None)
+    return index if isinstance(index, int) else call.site.layer
+
+
+def _narrow(call: AttentionCall, reach: int) -> bool:
+    return call.site.window is not None and call.site.window <= reach
+
+
+def _frequencies(call: AttentionCall, layer: int) -> tuple[Tensor | None, Layout]:
+    """Those of the host at a layer, found once per forward."""
+    model, scratch = call.forward.model, call.forward.scratch
+    token = ("rotary frequencies", layer)
+    if token not in scratch:
+        if model is None:
+            raise HostError(
+                f"{call.site.name}: got an attention outside a forward of the model, expected one inside. Run the "
+                "whole model."
+            )
+        scratch[token] = host_frequencies(model, layer)
+    return scratch[token]

@@ -1,0 +1,297 @@
+"""StreamingLLM: the contract of cache policies, and the invariants and bad input of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from tests.contracts import cache_policy as contract
+from tests.door.hosts import CAUSAL, DECODER, decoder
+
+import headway
+from headway.door import AttentionCall
+from headway.errors import ArgumentError, HostError
+from headway.hosts.tiny import tiny_host
+from headway.kernels.rope import rotate
+from headway.methods.long_context.streaming_llm import (
+    CARD,
+    StreamingLLM,
+    add_sink_token,
+    recompute_perplexity,
+    streaming_perplexity,
+    with_sink,
+)
+from headway.tasks.perplexity import perplexity
+
+HOSTS = {
+    "llama": CAUSAL["llama"],
+    "multi-query": CAUSAL["multi-query"],
+    "qwen3": CAUSAL["qwen3"],
+    "mistral sliding": CAUSAL["mistral sliding"],
+    "gemma3 sliding": CAUSAL["gemma3 sliding"],
+    "gemma2 soft cap": CAUSAL["gemma2 soft cap"],
+    "gpt-oss learned sinks": CAUSAL["gpt-oss learned sinks"],
+    "olmo2": lambda: decoder("Olmo2"),
+    "phi, partly rotated": lambda: decoder("Phi", num_key_value_heads=4, partial_rotary_factor=0.5),
+}
+
+
+def small() -> StreamingLLM:
+    return StreamingLLM(sinks=2, window=5)
+
+
+def test_card_names_the_paper():
+    assert (CARD.slug, CARD.arxiv, CARD.stages) == ("streaming-llm", "2309.17453", ("CachePolicy",))
+
+
+#: Their sliding layers keep to their own window, beyond which sinks would be added to what the host reads.
+SLIDING = ("mistral sliding", "gemma3 sliding", "gemma2 soft cap", "gpt-oss learned sinks")
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_window_as_long_as_the_text_is_dense(name):
+    sinks = 0 if name in SLIDING else 2
+    contract.check_equals_dense(HOSTS[name](), lambda: StreamingLLM(sinks=sinks, window=60), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral sliding", "gpt-oss learned sinks"])
+@pytest.mark.parametrize(
+    "check",
+    [contract.check_causality, contract.check_requests_apart, contract.check_batch, contract.check_padding,
+     contract.check_reorder_and_reset, contract.check_generate, contract.check_refuses_crop],
+)  # fmt: skip
+def test_the_contract(name, check):
+    check(HOSTS[name](), small)
+
+
+def test_lengths():
+    contract.check_lengths(decoder("Llama"), small, 7)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3 sliding", "phi, partly rotated"])
+@pytest.mark.parametrize(
+    "options", [{}, {"evict": "before"}, {"positions": "text"}, {"sinks": 0}, {"sinks": 1, "window": 1}]
+)
+def test_token_by_token_chunked_and_parallel_forms_agree(name, options):
+    model = HOSTS[name]()
+    ids = contract.tokens(2, 40)
+    make = lambda: StreamingLLM(**{"sinks": 2, "window": 5, **options})  # noqa: E731
+    with headway.use(model, make()), torch.no_grad():
+        want = contract.run_in_chunks(model, ids, [1] * 40)
+        for chunks in ([40], [7] * 5 + [5], [16, 16, 8], [3, 30, 1, 1, 5]):
+            torch.testing.assert_close(contract.run_in_chunks(model, ids, chunks), want, atol=1e-4, rtol=0)
+        whole = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(whole, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("evict", ["after", "before"])
+def test_a_step_equals_attention_over_slots_of_the_cache(evict):
+    """One layer by hand: raw keys, rotated by slot, as the paper writes it."""
+    model = decoder("Llama", num_hidden_layers=1)
+    sinks, window = 2, 4
+    ids = contract.tokens(1, 20)
+    with headway.use(model, StreamingLLM(sinks=sinks, window=window, evict=evict)), torch.no_grad():
+        got = contract.run_in_chunks(model, ids, [1] * 20)
+    layer, inner = model.model.layers[0], model.model
+    frequencies = inner.rotary_emb.inv_freq
+    with torch.no_grad():
+        stream = inner.embed_tokens(ids)
+        normed = layer.input_layernorm(stream)
+        heads = lambda x, n: x.view(1, 20, n, 8).transpose(1, 2)  # noqa: E731
+        q = heads(layer.self_attn.q_proj(normed), 4)
+        k, v = heads(layer.self_attn.k_proj(normed), 2), heads(layer.self_attn.v_proj(normed), 2)
+        past = window if evict == "after" else window - 1
+        rows = []
+        for t in range(20):
+            kept = [j for j in range(t + 1) if j < sinks or t - j <= past]
+            slots = torch.arange(len(kept))
+            keys = rotate(k[:, :, kept], slots, frequencies).repeat_interleave(2, 1)
+            query = rotate(q[:, :, t : t + 1], slots[-1:], frequencies)
+            weights = (query @ keys.transpose(-1, -2) * 8**-0.5).softmax(-1)
+            rows.append(weights @ v[:, :, kept].repeat_interleave(2, 1))
+        out = torch.cat(rows, 2).transpose(1, 2).reshape(1, 20, -1)
+        hidden = stream + layer.self_attn.o_proj(out)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        want = model.lm_head(inner.norm(hidden))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_sinks_stay_for_ever_and_evicted_tokens_change_nothing():
+    model = decoder("Llama", num_hidden_layers=1)
+    ids = contract.tokens(1, 30)
+    other = ids.clone()
+    other[0, 5:20] = (other[0, 5:20] + 11) % 80 + 3
+    with headway.use(model, small()), torch.no_grad():
+        a, b = (contract.run_in_chunks(model, x, [25, 1, 1, 1, 1, 1]) for x in (ids, other))
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    torch.testing.assert_close(a[:, 26:], b[:, 26:], atol=1e-6, rtol=0)
+    assert not torch.allclose(a[:, 20], b[:, 20])
+    assert [cache.contains(p) for p in (0, 1, 2, 24, 25, 29)] == [True, True, False, False, True, True]
+    assert cache.layers[0].held().tolist() == [[0, 1, 25, 26, 27, 28, 29]]
+
+
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_positions_stay_bounded_and_nothing_drifts_when_keys_are_turned_back(chunk):
+    model = decoder("Llama")
+    ids = contract.tokens(2, 150)
+    chunks = [chunk] * (150 // chunk) + ([150 % chunk] if 150 % chunk else [])
+    ids, mask = contract.padded_left(ids, [0, 3])
+    with headway.use(model, StreamingLLM(sinks=2, window=6, rebase_at=10_000)):
+        want = contract.run_in_chunks(model, ids, chunks, mask)
+    seen = []
+    with headway.use(model, StreamingLLM(sinks=2, window=6, rebase_at=20)):
+        hook = model.model.rotary_emb.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(int(kwargs.get("position_ids", args[-1]).max())), with_kwargs=True
+        )
+        got = contract.run_in_chunks(model, ids, chunks, mask)
+        hook.remove()
+    assert max(seen) <= 20 + chunk
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=2e-4, rtol=0)
+
+
+def test_bytes_and_buffers_are_flat_over_thousands_of_tokens():
+    model = decoder("Llama", num_hidden_layers=1)
+    held, rooms = set(), set()
+    with headway.use(model, StreamingLLM(sinks=4, window=60)), torch.no_grad():
+        cache = None
+        for turn in range(40):
+            out = model(input_ids=contract.tokens(1, 100, seed=turn), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            for _ in range(3):
+                out = model(input_ids=contract.tokens(1, 1), past_key_values=cache)
+            held.add(cache.stored_bytes())
+            rooms.add(cache.layers[0]._key.shape[2])
+    assert cache.get_seq_length() == 40 * 103
+    assert held == {64 * 2 * 2 * 8 * 4}
+    assert max(rooms) <= 4 + 61 + 64 + 100
+
+
+def test_generate_runs_past_the_positions_of_the_host():
+    model = decoder("Llama", num_hidden_layers=1)
+    with headway.use(model, StreamingLLM(sinks=2, window=20)) as handle:
+        out = model.generate(
+            contract.tokens(1, 5), max_new_tokens=400, min_new_tokens=400, do_sample=False, pad_token_id=0
+        )
+    assert out.shape == (1, 405)
+    assert {p for row in handle.report() for p in row["paths"]} == {"policy"}
+
+
+def test_room_for_a_turn(caplog):
+    model = decoder("Llama", num_hidden_layers=1)
+    with headway.use(model, StreamingLLM(sinks=2, window=8)), torch.no_grad():
+        cache = model(input_ids=contract.tokens(1, 30), use_cache=True).past_key_values
+        cache.evict_for_space(5)
+        assert cache.layers[0].held().tolist() == [[0, 1, 27, 28, 29]]
+        cache.evict_for_space(8)
+        assert cache.layers[0].held().tolist() == [[0, 1]]
+        assert "only the sinks stay" in caplog.text
+        model(input_ids=contract.tokens(1, 3), past_key_values=cache)
+        assert cache.layers[0].held().tolist() == [[0, 1, 30, 31, 32]]
+        with pytest.raises(ArgumentError, match="tokens: got -1"):
+            cache.evict_for_space(-1)
+
+
+def test_a_prompt_shorter_than_the_sinks_fills_them_as_tokens_come():
+    model = decoder("Llama")
+    ids = contract.tokens(1, 12)
+    with headway.use(model, StreamingLLM(sinks=4, window=30)), torch.no_grad():
+        got = contract.run_in_chunks(model, ids, [2] + [1] * 10)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(input_ids=ids).logits, atol=1e-4, rtol=0)
+
+
+def test_bad_numbers_and_hosts_are_refused():
+    with pytest.raises(ArgumentError, match="got -1, 5"):
+        StreamingLLM(sinks=-1, window=5)
+    with pytest.raises(ArgumentError, match="got 2, 0"):
+        StreamingLLM(sinks=2, window=0)
+    with pytest.raises(ArgumentError, match="positions"):
+        StreamingLLM(positions="slots")
+    with pytest.raises(ArgumentError, match="evict"):
+        StreamingLLM(evict="never")
+    with pytest.raises(ArgumentError, match="rebase_at: got 10"):
+        StreamingLLM(sinks=4, window=4, rebase_at=10)
+    with pytest.raises(HostError, match=r"4 \+ 1020 = 1024, expected no more than the 128 positions"):
+        _run(decoder("Llama"), StreamingLLM())
+    with pytest.raises(HostError, match="without rotary positions"):
+        _run(CAUSAL["gpt2"](), small())
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 2, 4, 8, generator=generator) for _ in range(3)]
+    call = AttentionCall.from_tensors(*tensors, bias=torch.randn(1, 2, 4, 4, generator=generator))
+    with pytest.raises(HostError, match="position bias"):
+        small().read(call)
+
+
+def _run(model, policy):
+    with headway.use(model, policy), torch.no_grad():
+        model(input_ids=contract.tokens(1, 12), use_cache=True)
+
+
+def test_layers_with_a_narrower_window_keep_to_it(caplog):
+    model = CAUSAL["mistral sliding"]()
+    ids = contract.tokens(1, 30)
+    with headway.use(model, StreamingLLM(sinks=0, window=40)), torch.no_grad():
+        got = contract.run_in_chunks(model, ids, [10] * 3)
+        want = model(input_ids=ids, use_cache=False)
+    assert "keep to it" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(input_ids=ids).logits, atol=1e-4, rtol=0)
+    assert torch.isfinite(want.logits).all()
+
+
+def test_perplexity_of_a_stream_does_not_depend_on_chunks_and_equals_dense_when_nothing_goes():
+    model = decoder("Llama")
+    ids = contract.tokens(1, 60)
+    by_token = streaming_perplexity(model, ids, chunk=1, sinks=2, window=10)
+    by_chunk = streaming_perplexity(model, ids, chunk=13, sinks=2, window=10)
+    torch.testing.assert_close(by_token.nll, by_chunk.nll, atol=1e-4, rtol=0)
+    assert by_token.cache_bytes < perplexity(model, ids, chunk=13).cache_bytes
+    dense = perplexity(model, ids, chunk=60)
+    whole = streaming_perplexity(model, ids, chunk=13, sinks=2, window=60)
+    torch.testing.assert_close(whole.nll, dense.nll, atol=1e-4, rtol=0)
+
+
+def test_recomputation_reads_every_window_afresh():
+    model = decoder("Llama")
+    ids = contract.tokens(1, 30)
+    found = recompute_perplexity(model, ids, [12, 29], length=12, batch=1)
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, 17:29]).logits[0, -1]
+    assert float(found[1]) == pytest.approx(float(-logits.log_softmax(-1)[ids[0, 29]]), abs=1e-5)
+    with pytest.raises(ArgumentError, match="windows of 12 in 30 tokens"):
+        recompute_perplexity(model, ids, [11], length=12)
+
+
+def test_a_sink_token_is_one_more_row_that_training_moves(tmp_path):
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER))
+    token = add_sink_token(model)
+    assert token == 90
+    assert model.get_input_embeddings().weight.shape[0] == 91
+    ids = with_sink(contract.tokens(2, 10), token)
+    assert ids[:, 0].tolist() == [90, 90]
+    before = model.get_input_embeddings().weight[token].detach().clone()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.5
+    assert not torch.allclose(before, model.get_input_embeddings().weight[token])
+    model.save_pretrained(tmp_path)
+    again = tf.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.get_input_embeddings().weight[token], model.get_input_embeddings().weight[token])
+    with headway.use(model, StreamingLLM(sinks=1, window=6)), torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    assert cache.contains(0)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "stablelm", "starcoder2", "smollm3", "cohere2"])
+def test_more_rotary_hosts_stream_alike_in_chunks_and_steps(name):
+    model, _ = tiny_host(name)
+    ids = contract.tokens(1, 24, vocabulary=min(model.config.vocab_size, 90))
+    with headway.use(model, small()):
+        steps, chunk = (contract.run_in_chunks(model, ids, c) for c in ([1] * 24, [24]))
+    torch.testing.assert_close(steps, chunk, atol=2e-4, rtol=0)
