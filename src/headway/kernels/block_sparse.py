@@ -29,8 +29,8 @@ from headway.kernels.dense import check_heads, dense_attention
 from headway.kernels.fused import fused_attention
 
 FORMS = ("auto", "masked", "gather", "flex")
-#: Bytes of gathered keys and values per step: more falls out of the cache before it is read, less costs calls (4 MiB was
-#: best of 1 to 16).
+#: Bytes of gathered keys and values per step: more falls out of the cache before it is read, less costs calls (4 MiB
+#: was best of 1 to 16).
 STEP_BYTES = 1 << 22
 #: Where selecting stops paying on a CPU, measured by `benchmarks/run.py crossover`: fewer keys than this, or a larger
 #: share of the visible pairs.
