@@ -41,14 +41,14 @@ class Running:
     cache_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
     """What came out of a sample and what it cost.
 
     `score` is the sample's own, between 0 and 1. `prefill_seconds` is the time to the first token that lies in the
     context (question-blind) or in the whole prompt (aware), `question_seconds` that of the question after it (0 when
     aware). `decode_seconds` is per token, NaN when no forward was needed. `cache_bytes` is the most that the cache held
-    after any forward; through `generate` it is not seen, the times are not apart, and those are None and NaN."""
+    after any forward. Through `generate` the whole time is in `prefill_seconds`, other times are NaN and bytes None."""
 
     sample: Sample
     text: str
@@ -84,15 +84,21 @@ def answer(
     if through not in THROUGH:
         raise unknown("through", through, THROUGH)
     if through == "generate":
-        return _through_generate(model, tokenizer, sample, question_aware, prefill_chunk, full_length)
-    if question_aware:
-        running = prefill(model, sample.prompt_ids, chunk=prefill_chunk)
-        before = running.seconds
-    else:
-        running = prefill(model, sample.context_ids, chunk=prefill_chunk)
-        before = running.seconds
+        return _through_generate(model, tokenizer, sample, question_aware, prefill_chunk)
+    running = prefill(model, sample.prompt_ids if question_aware else sample.context_ids, chunk=prefill_chunk)
+    seconds = running.seconds
+    if not question_aware:
         feed(model, running, sample.question_ids, chunk=prefill_chunk)
-    return decode(model, tokenizer, sample, running, question_aware, before, full_length=full_length)
+    return decode(
+        model,
+        tokenizer,
+        sample,
+        running,
+        question_aware,
+        seconds,
+        question_seconds=running.seconds - seconds,
+        full_length=full_length,
+    )
 
 
 @torch.no_grad()
@@ -104,10 +110,11 @@ def decode(
     question_aware: bool,
     prefill_seconds: float,
     *,
+    question_seconds: float,
     full_length: bool = False,
 ) -> Answer:
     """The greedy answer from a request whose last fed token is that before the answer; `running` goes on with it."""
-    ends, question_seconds, start = ending_ids(model, tokenizer), running.seconds - prefill_seconds, running.seconds
+    ends, start = ending_ids(model, tokenizer), running.seconds
     ids: list[int] = []
     forwards = 0
     while True:
@@ -150,9 +157,9 @@ def feed(
 
     Raises HostError when the model returns no cache."""
     for piece in chunks(ids, chunk):
-        start = _now(model)
+        start = clock(model)
         running.logits, running.cache = forward(model, piece, running.cache, keep=rows)
-        running.seconds += _now(model) - start
+        running.seconds += clock(model) - start
         running.tokens += piece.shape[1]
         running.cache_bytes = max(running.cache_bytes, cache_bytes(running.cache))
 
@@ -171,8 +178,8 @@ def forward(
     if logits is None or returned is None:
         missing = "logits" if logits is None else "cache (past_key_values)"
         raise HostError(
-            f"model: {type(model).__name__} returned no {missing}, expected a causal language model that keeps keys and "
-            "values; choose a text model such as smollm2."
+            f"model: {type(model).__name__} returned no {missing}, expected a causal language model that keeps keys "
+            "and values; choose a text model such as smollm2."
         )
     return logits[0, -(keep or logits.shape[1]) :].float(), returned
 
@@ -229,17 +236,18 @@ def ending_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 
 
 def _through_generate(
-    model: nn.Module, tokenizer: Any, sample: Sample, question_aware: bool, chunk: int | None, full_length: bool
+    model: nn.Module, tokenizer: Any, sample: Sample, question_aware: bool, chunk: int | None
 ) -> Answer:
     if not question_aware or chunk is not None:
         raise ArgumentError(
-            f"through: got 'generate' with question_aware={question_aware} and prefill_chunk={chunk}, expected True and "
-            "None: generate takes the whole prompt at once. Use through='forward' for the other mode."
+            f"through: got 'generate' with question_aware={question_aware} and prefill_chunk={chunk}, expected True "
+            "and None: generate takes the whole prompt at once. Use through='forward' for the other mode."
         )
     ends = sorted(ending_ids(model, tokenizer))
     prompt = sample.prompt_ids.to(next(model.parameters()).device)
-    start = _now(model)
-    out = model.generate(
+    start = clock(model)
+    generate: Any = model.generate
+    out = generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=sample.max_new_tokens,
@@ -247,11 +255,15 @@ def _through_generate(
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
-    spent = _now(model) - start
+    spent = clock(model) - start
+    if not torch.equal(out[:, : prompt.shape[1]], prompt):
+        raise HostError(
+            f"generate: got {tuple(out.shape)} tokens that do not begin with the prompt's {prompt.shape[1]:,}, "
+            "expected the prompt and the new tokens behind it, as transformers returns them."
+        )
     new = out[0, prompt.shape[1] :].cpu()
     new = new[[int(token) not in ends for token in new]]
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    text = text if full_length else _cut(sample, text)
+    text = _cut(sample, tokenizer.decode(new, skip_special_tokens=True))
     return Answer(
         sample=sample,
         text=text,
@@ -278,7 +290,8 @@ def _cut(sample: Sample, text: str) -> str:
     return text
 
 
-def _now(model: nn.Module) -> float:
+def clock(model: nn.Module) -> float:
+    """Seconds on a monotonic clock, after the model's device has finished what was asked of it."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)

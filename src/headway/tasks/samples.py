@@ -6,8 +6,8 @@ A sample's tokens are made once, in two pieces, so that two modes read the same 
     question-blind   [context] then [question]       the method has to decide on the context alone
 
 Scores are of strings. `all` and `any` are those of RULER (Hsieh et al., arXiv 2404.06654), case-insensitive inclusion:
-the share of the references found, or 1 when one of them is found. `exact` wants the first word of the answer, quotes
-and marks around it taken off, to be the reference.
+the share of the references found, or 1 when one of them is found. `exact` wants the first word of the answer (the first
+with a digit where the reference has one), without marks around it, to be the reference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MATCHES = ("all", "any", "exact")
 PLACE = "\ue000"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
     """One question on one context.
 
@@ -52,11 +52,15 @@ class Sample:
         if self.match not in MATCHES:
             raise unknown("match", self.match, MATCHES)
         if not self.references or not all(self.references):
-            raise ArgumentError(f"references: got {self.references!r}, expected at least one string, none of them empty.")
+            raise ArgumentError(
+                f"references: got {self.references!r}, expected at least one string, none of them empty."
+            )
         for name in ("context_ids", "question_ids"):
             ids = getattr(self, name)
             if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-                raise ArgumentError(f"{name}: got shape {tuple(ids.shape)}, expected (1, tokens) with at least one token.")
+                raise ArgumentError(
+                    f"{name}: got shape {tuple(ids.shape)}, expected (1, tokens) with at least one token."
+                )
         if self.max_new_tokens < 1:
             raise ArgumentError(f"max_new_tokens: got {self.max_new_tokens}, expected at least 1.")
 
@@ -71,7 +75,8 @@ class Sample:
     def score(self, text: str) -> float:
         """Between 0 and 1, for an answer's text."""
         if self.match == "exact":
-            return float(first_word(text).lower() == self.references[0].lower())
+            wanted = self.references[0]
+            return float(first_word(text, digit=any(map(str.isdigit, wanted))).lower() == wanted.lower())
         found = [reference.lower() in text.lower() for reference in self.references]
         return float(any(found)) if self.match == "any" else sum(found) / len(found)
 
@@ -80,10 +85,10 @@ class Sample:
         return self.match != "exact" and self.score(text) == 1.0
 
 
-def first_word(text: str) -> str:
-    """The first run of letters, digits, hyphens and underscores."""
-    found = re.search(r"[^\W_][\w-]*|\w[\w-]*", text)
-    return found.group().rstrip("-") if found else ""
+def first_word(text: str, *, digit: bool = False) -> str:
+    """The first run of letters, digits, hyphens and underscores; with `digit`, the first that holds a digit."""
+    words = (word.strip("-") for word in re.findall(r"[\w-]+", text))
+    return next((word for word in words if word and (not digit or any(map(str.isdigit, word)))), "")
 
 
 def make_sample(
@@ -163,7 +168,7 @@ def largest_fit(build: Callable[[int], Sample], tokens: int, *, least: int = 1) 
             f"{best.prompt_tokens + best.max_new_tokens:,} ({best.prompt_tokens:,} of the shortest prompt and "
             f"{best.max_new_tokens} for the answer). Ask for more tokens."
         )
-    low, high = least, least + 1
+    low, high = least, 2 * least
     while fits(trial := build(high)):
         if trial.prompt_tokens == best.prompt_tokens:
             return trial

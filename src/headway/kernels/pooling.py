@@ -1,0 +1,63 @@
+"""Pooled estimates that block selectors share: block means and sums, how many entries cover a mass, and divergences."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from headway.errors import ArgumentError
+
+
+def block_sums(x: Float[Tensor, "... tokens"], block: int) -> Float[Tensor, "... blocks"]:
+    """Sums over blocks of the last axis; the last block may be ragged."""
+    _check(block)
+    return pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+
+
+def block_means(
+    x: Float[Tensor, "batch heads tokens dim"], block: int, real: Bool[Tensor, "batch tokens"] | None = None
+) -> Float[Tensor, "batch heads blocks dim"]:
+    """Means over the real tokens of each block (float32); zero for a block of padding."""
+    _check(block)
+    extra = -x.shape[2] % block
+    weight = x.new_ones(x.shape[0], x.shape[2], dtype=torch.float32) if real is None else real.float()
+    weight = pad(weight, (0, extra)).unflatten(-1, (-1, block))[:, None, :, :, None]
+    tiles = pad(x.float(), (0, 0, 0, extra)).unflatten(2, (-1, block))
+    return (tiles * weight).sum(3) / weight.sum(3).clamp(min=1)
+
+
+def cover(x: Float[Tensor, "... entries"], mass: float) -> Int[Tensor, ...]:
+    """Smallest number of largest entries whose sum reaches `mass`; all of them where it never does."""
+    running = x.sort(-1, descending=True).values.cumsum(-1)
+    return ((running < mass).sum(-1) + 1).clamp(max=x.shape[-1])
+
+
+def ranks(x: Float[Tensor, "... entries"]) -> Int[Tensor, "... entries"]:
+    """0 for the largest entry, 1 for the next, …; equal ones in their order."""
+    order = x.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(x.shape[-1], device=x.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def root_jensen_shannon(p: Float[Tensor, "... entries"], q: Float[Tensor, "... entries"]) -> Float[Tensor, ...]:
+    """√JSD(p‖q) with the natural logarithm, in [0, √ln 2 ≈ 0.8326]. 0 · ln 0 counts as 0."""
+    middle = (p + q) / 2
+
+    def divergence(x: Tensor) -> Tensor:
+        return (torch.special.xlogy(x, x) - torch.special.xlogy(x, middle)).sum(-1)
+
+    return ((divergence(p) + divergence(q)) / 2).clamp(min=0).sqrt()
+
+
+def block_similarity(x: Float[Tensor, "batch heads tokens dim"], block: int) -> Float[Tensor, "batch heads blocks"]:
+    """Mean pairwise cosine inside each block, ‖mean of unit vectors‖² over its tokens: near 1 where a pooled vector
+    stands for its block, near 1/block where it does not (SpargeAttn, arXiv 2502.18137)."""
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    return block_means(unit, block).square().sum(-1)
+
+
+def _check(block: int) -> None:
+    if block < 1:
+        raise ArgumentError(f"block: got {block}, expected at least 1 token.")
