@@ -13,7 +13,7 @@ from headway.door import AttentionCall
 from headway.errors import ArgumentError, HostError
 from headway.hosts.tiny import tiny_host
 from headway.kernels.rope import rotate
-from headway.methods.long_context.streaming_llm import (
+from headway.methods.sinks.streaming_llm import (
     CARD,
     StreamingLLM,
     add_sink_token,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headway.door.attach import use
 from headway.errors import ArgumentError
-from headway.methods.long_context.streaming_llm.policy import StreamingLLM
+from headway.methods.sinks.streaming_llm.policy import StreamingLLM
 from headway.tasks.perplexity import Perplexity, negative_log_likelihood, perplexity
 
 

@@ -19,16 +19,16 @@ that a step sees up to C + 1 entries (`evict="after"`, the default); `evict="bef
 from __future__ import annotations
 
 from headway.card import Card
-from headway.methods.long_context.streaming_llm.perplexity import recompute_perplexity, streaming_perplexity
-from headway.methods.long_context.streaming_llm.policy import StreamingCache, StreamingLLM
-from headway.methods.long_context.streaming_llm.sink_token import add_sink_token, sink_token_parameter, with_sink
+from headway.methods.sinks.streaming_llm.perplexity import recompute_perplexity, streaming_perplexity
+from headway.methods.sinks.streaming_llm.policy import StreamingCache, StreamingLLM
+from headway.methods.sinks.streaming_llm.sink_token import add_sink_token, sink_token_parameter, with_sink
 
 CARD = Card(
     slug="streaming-llm",
     title="Efficient Streaming Language Models with Attention Sinks",
     year=2023,
     arxiv="2309.17453",
-    family="long_context",
+    family="sinks",
     stages=("CachePolicy",),
     needs=("rotary positions",),
     knobs={

@@ -17,7 +17,7 @@ from headway.door.rotary import host_frequencies
 from headway.door.stages import CachePolicy
 from headway.errors import ArgumentError, HostError, unknown
 from headway.kernels.rope import Layout, rotate
-from headway.methods.long_context.streaming_llm.store import StreamingLayer
+from headway.methods.sinks.streaming_llm.store import StreamingLayer
 
 log = logging.getLogger(__name__)
 
