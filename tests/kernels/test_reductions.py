@@ -172,6 +172,19 @@ def test_interval_of_sampled_rows_covers_the_exact_mean():
     assert 0.9 <= hits / 300 <= 0.995
 
 
+def test_interval_is_wide_where_few_strata_hold_the_spread():
+    """Rows that are all alike but in one region: the rows drawn there, not all of them, tell how sure the mean is."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.zeros(900)
+    rows[100:220] = torch.rand(120, generator=generator) ** 4
+    hits = 0
+    for _ in range(400):
+        sample = stratified_rows(900, 90, generator)
+        found = estimate_mean(rows[sample.index], sample)
+        hits += bool(found.low <= rows.double().mean() <= found.high)
+    assert hits / 400 >= 0.92
+
+
 @settings(max_examples=50, deadline=None)
 @given(total=st.integers(1, 300), sample=st.integers(2, 300))
 def test_sample_weights_stand_for_all_rows(total, sample):

@@ -658,6 +658,17 @@ def test_sampled_roles_come_with_intervals():
     assert (metric.array() <= np.asarray(metric.high)).all()
 
 
+def test_task_scores_carry_the_interval_over_their_samples(llama):
+    induction = measure_induction(llama, range(300), length=8, samples=4)
+    metric = next(m for m in role_metrics(induction=induction) if m.name == "duplicate_token")
+    drawn = torch.stack([table[:, 1] for table in induction.per_sample], 1).numpy()
+    half = 3.18245 * drawn.std(0, ddof=1) / 2
+    assert np.asarray(metric.high) == pytest.approx(drawn.mean(0) + half, rel=1e-3)
+    assert np.asarray(metric.low) == pytest.approx(drawn.mean(0) - half, rel=1e-3)
+    one = measure_induction(llama, range(300), length=8, samples=1)
+    assert np.isnan(np.asarray(role_metrics(induction=one)[0].low)).all(), "one sample has no interval"
+
+
 def test_task_metrics_stand_on_their_own_sites():
     retrieval = result_with_accuracy(0.9)
     (metric,) = role_metrics(retrieval=retrieval)

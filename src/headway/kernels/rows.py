@@ -5,7 +5,9 @@ replacement. With N_s rows in stratum s, n_s of them drawn, the mean of a row st
 
     ȳ = Σ_s (N_s / N) · ȳ_s ,   Var ȳ = Σ_s (N_s / N)² (1 − n_s/N_s) s_s² / n_s
 
-(Cochran, Sampling Techniques, ch. 5). All rows drawn gives the exact value with an interval of width zero.
+(Cochran, Sampling Techniques, ch. 5). Where few strata hold most of the variance, few rows speak for it; the degrees of
+freedom of its t interval are those of Satterthwaite (Cochran, eq. 5.16): (Σ v_s)² / Σ v_s² / (n_s − 1), v_s the terms of
+Var ȳ. All rows drawn gives the exact value with an interval of width zero.
 """
 
 from __future__ import annotations
@@ -102,9 +104,22 @@ def estimate_mean(values: Float[Tensor, "... rows"], sample: RowSample, level: f
     spread = summed(((filled - centre.gather(-1, index)) * valid) ** 2) / (count - 1).clamp(min=1)
     share = size / size.sum(-1, keepdim=True)
     mean = (share * centre).sum(-1)
-    variance = (share**2 * (1 - count / size.clamp(min=1)).clamp(min=0) * spread / drawn).sum(-1)
-    freedom = (count - 1).clamp(min=0).sum(-1).clamp(min=1)
+    part = share**2 * (1 - count / size.clamp(min=1)).clamp(min=0) * spread / drawn
+    variance = part.sum(-1)
+    freedom = (variance**2 / (part**2 / (count - 1).clamp(min=1)).sum(-1)).nan_to_num(1.0).clamp(min=1)
     from scipy.stats import t
 
     reach = torch.as_tensor(np.asarray(t.ppf(0.5 + level / 2, freedom.cpu().numpy())), device=device) * variance.sqrt()
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def mean_of_samples(values: Float[Tensor, "samples ..."], level: float = 0.95) -> Estimate:
+    """The mean over independent samples with a Student-t interval of `level`; of one sample the width is infinite."""
+    from scipy.stats import t
+
+    values = values.double()
+    count, mean = values.shape[0], values.mean(0)
+    if count < 2:
+        return Estimate(mean, mean - torch.inf, mean + torch.inf)
+    reach = float(t.ppf(0.5 + level / 2, count - 1)) * values.std(0) / count**0.5
     return Estimate(mean, mean - reach, mean + reach)

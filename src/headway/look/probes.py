@@ -21,6 +21,7 @@ from headway.door.stages import Observer
 from headway.errors import ArgumentError, InterceptionError
 from headway.kernels.head_scores import duplicate_score, induction_score, retrieval_score
 from headway.kernels.reductions import reduce_attention
+from headway.kernels.rows import Estimate, mean_of_samples
 from headway.tasks.copying import CopySample, key_value_copy, repeated_random_tokens
 
 #: Below this share of answer tokens predicted right, a model does not copy and its retrieval scores mean nothing (Wu et
@@ -55,6 +56,10 @@ class RetrievalResult:
         """Whether the model copies well enough for its scores to mean something."""
         return self.accuracy >= LEAST_ACCURACY
 
+    def estimates(self) -> list[Estimate]:
+        """The mean over samples with its interval, by site."""
+        return [mean_of_samples(table) for table in self.per_sample]
+
     def halves(self) -> float:
         """Spearman correlation over heads between the scores of even and odd samples; NaN for a single sample."""
         from scipy.stats import spearmanr
@@ -76,14 +81,26 @@ class RetrievalResult:
 
 @dataclass(frozen=True, kw_only=True)
 class InductionResult:
-    """Scores on repeated random tokens, `induction[s]` and `duplicate[s]` (heads,) at `sites[s]`. `accuracy` is the
-    share of repeated tokens that the model predicts, `chance` the score of uniform attention on either."""
+    """Scores on repeated random tokens: `per_sample[s]` is (samples, 2, heads) at `sites[s]`, induction and duplicate;
+    `induction[s]` and `duplicate[s]` are their means (heads,). `accuracy` is the share of repeated tokens that the
+    model predicts, `chance` the score of uniform attention on either."""
 
     sites: list[Site]
-    induction: list[Float[Tensor, " heads"]]
-    duplicate: list[Float[Tensor, " heads"]]
+    per_sample: list[Float[Tensor, "samples 2 heads"]]
     accuracy: float
     chance: float
+
+    @property
+    def induction(self) -> list[Float[Tensor, " heads"]]:
+        return [table[:, 0].mean(0) for table in self.per_sample]
+
+    @property
+    def duplicate(self) -> list[Float[Tensor, " heads"]]:
+        return [table[:, 1].mean(0) for table in self.per_sample]
+
+    def estimates(self, which: int) -> list[Estimate]:
+        """The mean over samples of induction (0) or duplicate (1) with its interval, by site."""
+        return [mean_of_samples(table[:, which]) for table in self.per_sample]
 
 
 def measure_retrieval(
@@ -152,11 +169,9 @@ def measure_induction(
                 kept.setdefault(name, []).append(torch.stack(scores))
             if progress is not None:
                 progress(done, samples)
-    means = [torch.stack(tables).double().mean(0) for tables in kept.values()]
     return InductionResult(
         sites=[rows.sites[name] for name in kept],
-        induction=[m[0] for m in means],
-        duplicate=[m[1] for m in means],
+        per_sample=[torch.stack(tables).double() for tables in kept.values()],
         accuracy=float(np.mean(right)),
         chance=float((1 / (second + 1).double()).mean()),
     )

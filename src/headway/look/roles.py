@@ -282,7 +282,7 @@ def role_metrics(
     """The scores as head metrics, one grid row per entry of `sites` (by default those of the first argument given).
 
     Sites without a score, and heads that a site does not have, are NaN; so is a receiver score of −inf. Intervals are
-    given where rows were sampled. The description ends with the level of chance. `sinks` and `window` only name what
+    given where rows were sampled, and over the samples of a task. The description ends with the level of chance. `sinks` and `window` only name what
     the observer was given."""
     measured = retrieval.sites if retrieval is not None else induction.sites if induction is not None else []
     order = list(sites) if sites is not None else [r.site for r in roles] or list(measured)
@@ -306,15 +306,19 @@ def role_metrics(
         chances = [r.uniform["receiver"] for r in roles if r.receiver is not None]
         metrics.append(metric("receiver", float(np.mean(chances)), received))
     if retrieval is not None:
-        metrics.append(metric("retrieval", retrieval.chance, _named(retrieval.sites, retrieval.scores)))
+        metrics.append(metric("retrieval", retrieval.chance, *_named(retrieval.sites, retrieval.estimates())))
     if induction is not None:
-        metrics.append(metric("induction", induction.chance, _named(induction.sites, induction.induction)))
-        metrics.append(metric("duplicate_token", induction.chance, _named(induction.sites, induction.duplicate)))
+        for which, name in enumerate(("induction", "duplicate_token")):
+            metrics.append(metric(name, induction.chance, *_named(induction.sites, induction.estimates(which))))
     return metrics
 
 
-def _named(sites: Sequence[Site], tables: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {site.name: table for site, table in zip(sites, tables, strict=True)}
+def _named(sites: Sequence[Site], found: Sequence[Estimate]) -> list[dict[str, Tensor]]:
+    """Mean, low and high by site."""
+    return [
+        {site.name: getattr(estimate, bound) for site, estimate in zip(sites, found, strict=True)}
+        for bound in ("mean", "low", "high")
+    ]
 
 
 def _grid(order: Sequence[Site], tables: dict[str, Tensor]) -> list[list[float]]:

@@ -94,14 +94,17 @@ class RowSimilarity:
         self.recent, self.last = rows[-self.lags :], weights[-1:]
 
     def _returns(self, unit: Tensor, rows: Tensor, filled: Tensor) -> None:
-        """Adds the diagonals of the Gram matrix between the new rows and themselves with what came before."""
+        """Adds the diagonals of the Gram matrix between the new rows and themselves with what came before: `lags` new
+        rows at a time, each of which needs the `lags` rows in front of it."""
         first = rows.shape[0] - unit.shape[0]
-        step = torch.arange(unit.shape[0], device=unit.device)[:, None] + first
-        earlier = step - torch.arange(self.lags + 1, device=unit.device)
-        paired = (earlier >= 0) & filled[step] & filled[earlier.clamp(min=0)]
-        cosines = (unit @ rows.T).gather(1, earlier.clamp(min=0)) * paired
-        self.returned += cosines.sum(0).double().cpu()
-        self.pairs += paired.sum(0).double().cpu()
+        for start in range(first, rows.shape[0], self.lags):
+            stop, begin = min(start + self.lags, rows.shape[0]), max(start - self.lags, 0)
+            step = torch.arange(start, stop, device=unit.device)[:, None]
+            earlier = step - torch.arange(self.lags + 1, device=unit.device)
+            paired = (earlier >= 0) & filled[step] & filled[earlier.clamp(min=0)]
+            cosines = (rows[start:stop] @ rows[begin:stop].T).gather(1, (earlier - begin).clamp(min=0)) * paired
+            self.returned += cosines.sum(0).double().cpu()
+            self.pairs += paired.sum(0).double().cpu()
 
     @property
     def returns(self) -> Float[Tensor, " lags"]:

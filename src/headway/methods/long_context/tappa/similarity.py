@@ -23,6 +23,8 @@ Pairs = Literal["all", "adjacent"]
 Stage = Literal["pre_rope", "post_rope"]
 PAIRS: tuple[Pairs, ...] = ("all", "adjacent")
 STAGES: tuple[Stage, ...] = ("pre_rope", "post_rope")
+#: Tokens at a time of an autocorrelation: its work is tokens × (block + lags), whatever the length.
+TIME_BLOCK = 256
 
 
 def query_similarity(
@@ -62,12 +64,19 @@ def key_similarity(
 def time_autocorrelation(x: Float[Tensor, "heads tokens dim"], lags: int) -> Float[Tensor, "heads lags"]:
     """mean_t cos(x_t, x_{t+L}) for L = 0 … lags; NaN where L ≥ T. A peak at L says that x comes back every L tokens."""
     tokens = x.shape[1]
-    unit = _unit(x.double())
-    spectrum = torch.fft.rfft(unit, n=2 * max(tokens, 1), dim=1)
-    sums = torch.fft.irfft(spectrum.abs().square().sum(-1), n=2 * max(tokens, 1), dim=1)
+    unit = _unit(x if x.dtype == torch.float64 else x.float())
     curve = torch.full((x.shape[0], lags + 1), torch.nan, dtype=torch.float64, device=x.device)
     reach = min(lags + 1, tokens)
-    curve[:, :reach] = sums[:, :reach] / (tokens - torch.arange(reach, device=x.device))
+    sums = torch.zeros(x.shape[0], reach, dtype=torch.float64, device=x.device)
+    for start in range(0, tokens, TIME_BLOCK):
+        later = unit[:, start : start + TIME_BLOCK]
+        first = max(start - reach + 1, 0)
+        cosines = later @ unit[:, first : start + later.shape[1]].transpose(1, 2)
+        step = torch.arange(start, start + later.shape[1], device=x.device)[:, None]
+        column = step - torch.arange(reach, device=x.device) - first
+        found = cosines.gather(2, column.clamp(min=0).expand(x.shape[0], -1, -1)) * (column >= 0)
+        sums += found.sum(1, dtype=torch.float64)
+    curve[:, :reach] = sums / (tokens - torch.arange(reach, device=x.device))
     return curve
 
 
@@ -94,12 +103,15 @@ def _similarity(
         positions = torch.arange(x.shape[2], device=x.device) if positions is None else positions
         x = unrotate(x, positions, check_frequencies(frequencies), layout)
     kept = _kept(x, valid, window)
-    unit = _unit(x.double()) * kept[:, None, :, None]
+    unit = _unit(x if x.dtype == torch.float64 else x.float())
+    unit = unit if bool(kept.all()) else unit * kept[:, None, :, None]
     if pairs == "adjacent":
         both = (kept[:, 1:] & kept[:, :-1]).sum(-1)[:, None]
-        return (unit[:, :, 1:] * unit[:, :, :-1]).sum((-1, -2)) / both.clamp(min=1)
+        cosines = torch.linalg.vecdot(unit[:, :, 1:], unit[:, :, :-1])
+        return cosines.sum(-1, dtype=torch.float64) / both.clamp(min=1)
     count = kept.sum(-1)[:, None]
-    total = unit.sum(2).square().sum(-1) - unit.square().sum((-1, -2))
+    lengths = torch.linalg.vecdot(unit, unit).sum(-1, dtype=torch.float64)
+    total = unit.sum(2, dtype=torch.float64).square().sum(-1) - lengths
     return total / (count * (count - 1)).clamp(min=1) * (count > 1)
 
 
