@@ -16,7 +16,7 @@ either may be ragged. Query row i stands at key position i + offset.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ def block_sparse_attention(
     work = _Work.of(query, key, value, blocks, query_block, key_block, scale, causal, offset, mask, band, softcap)
     if form == "auto":
         form = "flex" if query.device.type == "cuda" and softcap is None else "gather"
+    work = replace(work, exact_lse=sinks is not None and work.needs_gradients)
     run = {"masked": _masked, "gather": _gather, "flex": _flex}[form]
     output, lse = run(work)
     if sinks is not None:
@@ -108,6 +109,8 @@ class _Work:
     mask: Tensor | None
     band: Band | None
     softcap: float | None
+    #: Whether gradients flow through the log-sum-exp, as they do when a learned sink scales the output by it.
+    exact_lse: bool = False
 
     @classmethod
     def of(
@@ -154,6 +157,10 @@ class _Work:
     @property
     def groups(self) -> int:
         return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def needs_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.query, self.key, self.value))
 
     def query_at(self) -> Int[Tensor, "query_blocks query_block"]:
         """Key position of every row of every query block."""
@@ -241,7 +248,7 @@ def _gather(work: _Work) -> tuple[Tensor, Tensor]:
         blocks = blocks.repeat_interleave(some.shape[1] // blocks.shape[1], 1)
     selected = blocks & some
     tiles = _Tiles(work)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (work.query, work.key, work.value)):
+    if work.needs_gradients:
         return tiles.differentiable(selected)
     partial = selected & ~whole
     plain = _is_plain_diagonal(work, partial)
@@ -313,9 +320,9 @@ class _Tiles:
         o ← o + σ(lse′ − lse)(o′ − o)."""
         output, lse = result
         for items, part, part_lse in self._steps(selected, masked, fold=not masked):
-            before = lse[items]
+            before = lse.index_select(0, items)
             share = torch.sigmoid(part_lse - before).nan_to_num_(0.0)[..., None]
-            merged = output[items].float().lerp_(part.float(), share)
+            merged = output.index_select(0, items).float().lerp_(part.float(), share)
             output.index_copy_(0, items, merged.to(output.dtype))
             lse.index_copy_(0, items, torch.logaddexp(before, part_lse))
 
@@ -346,7 +353,8 @@ class _Tiles:
             seen = None
             if masked:
                 seen = self.work.tile_mask(owner // self.heads, owner % self.heads, block, columns)[:, None]
-            part, lse = self._attend(self.query[items].view(rows.numel(), 1, -1, self.query.shape[2]), blocks, seen)
+            query = self.query.index_select(0, items).view(rows.numel(), 1, -1, self.query.shape[2])
+            part, lse = self._attend(query, blocks, seen)
             yield items, part.reshape(items.numel(), -1, part.shape[3]), lse.reshape(items.numel(), -1)
 
     def _step_rows(self, groups: int) -> Callable[[int], int]:
@@ -361,14 +369,14 @@ class _Tiles:
             self._copy(which, x, blocks.flatten()).view(rows, 1, -1, like.shape[3])
             for which, (x, like) in enumerate(((self.key, work.key), (self.value, work.value)))
         )
-        if work.softcap is None:
+        if work.softcap is None and not work.exact_lse:
             output, lse = fused_attention(query, key, value, scale=work.scale, mask=seen)
             return output, _given(lse)
         return dense_attention(query, key, value, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero")
 
     def _copy(self, which: int, x: Tensor, index: Tensor) -> Tensor:
         """The chosen blocks side by side, in a buffer that is used again (a fresh one where gradients flow)."""
-        if torch.is_grad_enabled() and x.requires_grad:
+        if self.work.needs_gradients:
             return x.index_select(0, index)
         need = index.numel() * x.shape[1]
         if self.buffers is None or self.buffers[which].numel() < need:

@@ -51,17 +51,24 @@ def gathered_attention(
     repeat = heads // index.shape[1]
     lists = index.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
     real = valid.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
+    # Lists are sorted with their fill last: a step copies as many keys as its longest list names, and no fill.
+    places = torch.arange(1, real.shape[1] + 1, device=real.device)
+    widths = pad(real * places, (1, 0)).amax(1).clamp(min=1).tolist()
     flat_key, flat_value = (x.reshape(-1, x.shape[3]) for x in (key, value))
     per_item = max(lists.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size(), 1)
     step = max(STEP_BYTES // per_item, 2 * torch.get_num_threads())
     at = (torch.arange(count * size, device=query.device) + offset).view(count, size)
+    # The fused kernel's log-sum-exp has no gradient, which a learned sink needs.
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    fused = softcap is None and not (sinks is not None and trains)
     outputs, normalisers = [], []
     for start in range(0, lists.shape[0], step):
         item = torch.arange(start, min(start + step, lists.shape[0]), device=query.device)
         which, block = item // count, item % count
         base = (which // heads * kv_heads + which % heads // groups) * keys
-        chosen = lists[item]
-        seen = real[item][:, None].expand(-1, size, -1)
+        most = max(widths[start : start + step])
+        chosen = lists[item, :most]
+        seen = real[item, :most][:, None].expand(-1, size, -1)
         if causal:
             seen = seen & (chosen[:, None] <= at[block][:, :, None])
         if mask is not None:
@@ -72,7 +79,7 @@ def gathered_attention(
         places = (chosen + base[:, None]).flatten()
         part = rows[item][:, None]
         gathered = [x[places].view(item.numel(), 1, -1, x.shape[1]) for x in (flat_key, flat_value)]
-        if softcap is None:
+        if fused:
             output, lse = fused_attention(part, *gathered, scale=scale, mask=seen[:, None])
         else:
             output, lse = dense_attention(
