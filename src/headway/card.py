@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from types import ModuleType
 
 FAMILIES = ("sinks", "long_context", "layers", "diagnosis", "diffusion", "recommend", "gaze", "learners")
 
@@ -31,10 +32,16 @@ class Card:
 
 def catalogue() -> dict[str, Card]:
     """All cards by slug, found by importing every module under `headway.methods` that defines `CARD`."""
+    return {slug: module.CARD for slug, module in homes().items()}
+
+
+def homes() -> dict[str, ModuleType]:
+    """The module of each method by slug: the one that defines its card."""
     package = importlib.import_module("headway.methods")
-    cards = {}
+    found: dict[str, ModuleType] = {}
     for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        card = getattr(importlib.import_module(info.name), "CARD", None)
+        module = importlib.import_module(info.name)
+        card = getattr(module, "CARD", None)
         if card is not None:
-            cards[card.slug] = card
-    return dict(sorted(cards.items()))
+            found.setdefault(card.slug, module)
+    return dict(sorted(found.items()))

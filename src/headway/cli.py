@@ -83,6 +83,64 @@ def look(
 
 
 @app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="smollm2, a hub id, or a folder with a model.")] = "smollm2",
+    text: Annotated[
+        str | None, typer.Option(help="Text file, or - for standard input; a built-in text by default.")
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
+    methods: Annotated[
+        str, typer.Option(help="Slugs of `headway papers`, or window, sinks-window, random-blocks; with commas.")
+    ] = "streaming-llm,flexprefill,sinks-window,random-blocks",
+    budgets: Annotated[str, typer.Option(help="Shares of the keys, such as 0.5,0.25.")] = "0.5,0.25,0.125",
+    tasks: Annotated[
+        str, typer.Option(help="Of perplexity, needle, recall, ruler, turns, agreement; with commas.")
+    ] = "perplexity,needle",
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the text and of prompts (default 1024, or what the model allows).")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Samples of each task.")] = 6,
+    modes: Annotated[str, typer.Option(help="Question-blind, question-aware, or both.")] = "blind,aware",
+    chunk: Annotated[int | None, typer.Option(help="Prefill so many tokens at once (default: whole prompts).")] = None,
+    repeats: Annotated[int, typer.Option(help="Pairs of timed runs, method beside dense.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded in a timed run.")] = 16,
+    tolerance: Annotated[float, typer.Option(help="Loss of quality that a recommended point may have.")] = 0.05,
+    save: Annotated[str, typer.Option(help="What to save: time, memory, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the generated tasks.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for compare.html, compare.json and finished cells.")] = Path(
+        "compare-out"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let a hub model run its own code.")] = False,
+) -> None:
+    """Run methods beside dense attention: quality, time, memory and density at several budgets, and which to use."""
+    from headway.compare.command import run
+
+    run(
+        model,
+        text=text,
+        encoding=encoding,
+        methods=methods,
+        budgets=budgets,
+        tasks=tasks,
+        modes=modes,
+        tolerance=tolerance,
+        dtype=dtype,
+        out=out,
+        as_json=json,
+        trust_remote_code=trust_remote_code,
+        tokens=tokens,
+        count=count,
+        chunk=chunk,
+        repeats=repeats,
+        new_tokens=new_tokens,
+        save=save,
+        seed=seed,
+    )
+
+
+@app.command()
 def prove(
     slug: Annotated[str, typer.Argument(help="Which paper, such as sink-emergence; `headway papers` lists them.")],
     size: Annotated[
@@ -135,6 +193,58 @@ def papers(
     for card in cards:
         table.add_row(card.slug, card.family, str(card.year), f"{card.title} (arXiv {card.arxiv})", card.summary)
     Console().print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="A built-in shape such as llama-3.1-70b, a hub id, or a folder with a config.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Length of the prompt: 4096, 128k, 1M, 128Ki (default 128Ki; 1024 with --check).")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Slugs of `headway papers`; with commas.")] = "streaming-llm",
+    budgets: Annotated[str, typer.Option(help="Shares of the keys, such as 0.25,0.1.")] = "0.25",
+    hardware: Annotated[str, typer.Option(help="h100, a100 or cpu.")] = "h100",
+    devices: Annotated[
+        int | None, typer.Option(help="How many share the work (default: as many as dense attention needs).")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float8 (default bfloat16; float32 with --check).")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    layers: Annotated[int | None, typer.Option(help="Layers, for a Llama-like model of your own.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Its width.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Its query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Its key-value heads (default: as many).")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head (default: hidden / heads).")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Width of its MLP (default: 8/3 of hidden).")] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Its vocabulary (default 128,256).")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure here too: smollm2, or a model that runs here.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Predict memory and time of methods on a model at a length, without its weights."""
+    from headway.plan.command import run
+
+    sizes = {
+        "layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        "intermediate": intermediate, "vocabulary": vocabulary,
+    }  # fmt: skip
+    run(
+        model,
+        tokens=tokens,
+        methods=methods,
+        budgets=budgets,
+        hardware=hardware,
+        devices=devices,
+        dtype=dtype,
+        batch=batch,
+        sizes=sizes,
+        measure=check,
+        as_json=json,
+    )
 
 
 @app.command()

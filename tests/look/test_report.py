@@ -7,9 +7,7 @@ import copy
 import hashlib
 import html
 import io
-import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -18,44 +16,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from headway.errors import ArgumentError
-from headway.look.report import SCRIPTS, _script_safe, _source, emphasised, pack_log, payload, render, visible
+from headway.look.report import SCRIPTS, STYLES, pack_log, payload, render
 from headway.look.result import HeadMetric, Look
 from headway.look.terminal import head_grid, strongest, summarise
+from headway.pages.shell import HOME, emphasised, script_safe, source, visible
 from tests.look.synthetic import HOSTILE, synthetic_look
+from tests.pages.reading import Page
 
 EIGHT_MEGABYTES = 8_000_000
-
-
-class Page(HTMLParser):
-    """The parts of a page that tests ask for: scripts with their attributes and content, and the text outside them."""
-
-    def __init__(self, page: str):
-        super().__init__(convert_charrefs=True)
-        self.scripts: list[tuple[dict, str]] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self._inside: str | None = None
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self._inside = tag
-        if tag == "script":
-            self.scripts.append((dict(attributes), ""))
-
-    def handle_endtag(self, tag):
-        self._inside = None
-
-    def handle_data(self, data):
-        if self._inside == "script":
-            attributes, content = self.scripts[-1]
-            self.scripts[-1] = attributes, content + data
-        elif self._inside != "style":
-            self.text += data
-
-    def data(self) -> dict:
-        return json.loads(next(content for attributes, content in self.scripts if attributes.get("id") == "data"))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +99,7 @@ def test_packed_mass_of_one_value_is_that_value():
 def test_any_token_comes_back_from_the_page_unchanged(tokens):
     small = synthetic_look(layers=1, heads=1, tokens=len(tokens), maps=0)
     small.tokens = tokens
-    page = f'<title>x</title><script id="data">{_script_safe(payload(small))}</script><p>end</p>'
+    page = f'<title>x</title><script id="data">{script_safe(payload(small))}</script><p>end</p>'
     assert Page(page).data()["tokens"] == tokens
     assert Page(page).text == "xend"
 
@@ -167,14 +135,15 @@ def test_page_refers_to_nothing_outside_itself(page):
         assert "src" not in attributes
         assert attributes.get("href", "#").startswith("#")
     assert "@import" not in page
-    assert "url(" not in _source("report.css")
+    assert "url(" not in source(HOME, "page.css") + "".join(source("headway.look", name) for name in STYLES)
 
 
 def test_scripts_never_write_markup():
-    for name in SCRIPTS:
-        source = _source(name)
+    shared = [(HOME, name) for name in ("base.js", "colour.js", "plots.js", "end.js")]
+    for place, name in [*shared, *(("headway.look", name) for name in SCRIPTS)]:
+        text = source(place, name)
         for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "</script", "fetch("):
-            assert word not in source, f"{name} uses {word}"
+            assert word not in text, f"{name} uses {word}"
 
 
 def test_plotly_is_carried_once_and_packed(page):

@@ -175,6 +175,13 @@ class Handle:
         for layer in self.layers or ():
             if layer not in known:
                 raise unknown("layers", layer, known)
+        policy = next((s for s in self.stages if isinstance(s, CachePolicy)), None)
+        left = [site.name for site in door.sites.values() if site.kind == "self" and not self.covers(site)]
+        if policy is not None and left:
+            raise ConflictError(
+                f"layers, sites: got a scope without {left[0]} for {policy.title}, expected the whole model: its cache "
+                "serves every layer. Attach it in a scope of its own, without layers and sites."
+            )
         names = [site.name for site in door.sites.values()]
         for pattern in self.patterns or ():
             if not any(fnmatch(name, pattern) for name in names):
@@ -432,10 +439,7 @@ def open_door(model: nn.Module) -> Door:
     """The door of a model, installed when this is its first scope. Each `open_door` needs a `close_door`."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: got {type(model).__name__}, expected a torch module such as a transformers model.")
-    if hasattr(model, "_orig_mod"):
-        raise InterceptionError(
-            "model: got a compiled model, whose hooks are traced away; expected an ordinary one. Pass model._orig_mod."
-        )
+    _refuse_compiled(model)
     with _LOCK:
         door = _DOORS.get(model)
         if door is None:
@@ -450,6 +454,25 @@ def open_door(model: nn.Module) -> Door:
             )
         door.users += 1
         return door
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Raises InterceptionError for a model, or a part of one, that was compiled in any of the ways PyTorch knows."""
+    if hasattr(model, "_orig_mod"):
+        raise InterceptionError(
+            "model: got a compiled model, whose hooks are traced away; expected an ordinary one. Pass model._orig_mod."
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            how = "module.compile() or torch.compile(module)"
+        elif hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+            how = "forward = torch.compile(forward)"
+        else:
+            continue
+        raise InterceptionError(
+            f"model: got {name or type(model).__name__} compiled ({how}), whose hooks are traced away; expected an "
+            "ordinary module. Load the model again and leave it uncompiled."
+        )
 
 
 def close_door(door: Door) -> None:

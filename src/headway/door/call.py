@@ -66,8 +66,9 @@ class AttentionCall:
     ones.
 
     A cache policy may put calls over part of a site in place of the host's: `of_heads` then tells which of the site's
-    query heads the rows of `query` are, and `key_at` the position in the sequence of each key where they are not
-    consecutive. Such a call is not `causal`; its mask says everything."""
+    query heads the rows of `query` are, `of_rows` which of its query rows (first, and behind the last; all for None),
+    and `key_at` the position in the sequence of each key where they are not consecutive. Such a call is not `causal`;
+    its mask says everything."""
 
     site: Site
     query: Float[Tensor, "batch heads queries dim"]
@@ -85,6 +86,7 @@ class AttentionCall:
     first_key: int = 0
     first_query: int | None = None
     of_heads: Int[Tensor, " heads"] | None = None
+    of_rows: tuple[int, int] | None = None
     key_at: Int[Tensor, "#batch #kv_heads keys"] | None = None
     forward: Forward = field(default_factory=Forward)
 

@@ -81,7 +81,11 @@ def execute(
 def selection_density(selection: Selection, call: AttentionCall) -> float:
     """Selected over visible pairs, padding left out of the count (a selection of keys counts what is listed)."""
     if isinstance(selection, Blocks):
-        return selection.mask.density(causal=call.causal)
+        if selection.within is None:
+            return selection.mask.density(causal=call.causal)
+        visible = call.visible()
+        chosen = visible & _as_mask(selection, call)
+        return float(chosen.double().mean() / visible.expand_as(chosen).double().mean())
     seen = (call.query_positions + 1 - call.first_key).clamp(max=call.keys) if call.causal else None
     if isinstance(selection, Window):
         reach = torch.full((call.queries,), call.keys, device=call.query.device) if seen is None else seen
@@ -119,6 +123,8 @@ def _sparse(call: AttentionCall, selection: Selection, density: float, titles: s
         path, grid = "blocks", selection.mask
         if (grid.queries, grid.keys) != (call.queries, call.keys):
             selection.to_bool(call.queries, call.keys)
+        if selection.within is not None:
+            common["mask"] = selection.within if call.mask is None else selection.within & call.mask
         output, lse = block_sparse_attention(
             *tensors, grid.blocks, query_block=grid.query_block, key_block=grid.key_block, **common
         )
@@ -159,13 +165,14 @@ def execute_parts(
     """Runs the calls that a cache policy put in place of `call` and puts their outputs together."""
     start = time.perf_counter()
     inside = [e for e in editors if "weights" in e.edits]
-    groups: dict[tuple[int, ...] | None, list[AttentionCall]] = {}
+    groups: dict[tuple[tuple[int, ...] | None, tuple[int, int] | None], list[AttentionCall]] = {}
     for part in parts:
-        groups.setdefault(None if part.of_heads is None else tuple(part.of_heads.tolist()), []).append(part)
+        at = None if part.of_heads is None else tuple(part.of_heads.tolist())
+        groups.setdefault((at, part.of_rows), []).append(part)
     batch, heads, queries, _ = call.query.shape
     output = call.query.new_zeros(batch, heads, queries, call.value.shape[3])
     lse = torch.full((batch, heads, queries), -torch.inf, device=call.query.device)
-    for at, members in groups.items():
+    for (at, rows), members in groups.items():
         if inside and len(members) > 1:
             raise ConflictError(
                 f"methods at {call.site.name}: got {inside[0].title}, which edits weights, on keys that {policy} reads "
@@ -174,12 +181,13 @@ def execute_parts(
         done = [_attend(member, inside) for member in members]
         outputs, normalisers = zip(*done, strict=True)
         merged, total = merge_attention(outputs, normalisers) if len(done) > 1 else (outputs[0], normalisers[0])
-        if at is None:
+        if at is None and rows is None:
             output, lse = merged, total
         else:
-            index = torch.tensor(at, device=output.device)
-            output[:, index], lse[:, index] = merged.to(output.dtype), total
-    read = sum(part.keys * part.heads for part in parts)
+            index = slice(None) if at is None else torch.tensor(at, device=output.device)
+            span = slice(None) if rows is None else slice(*rows)
+            output[:, index, span], lse[:, index, span] = merged.to(output.dtype), total
+    read = sum(part.keys * part.heads * part.queries for part in parts) / max(queries, 1)
     logical = call.keys + (0 if call.first_key is None else call.first_key)
     density = min(read / max(logical * heads, 1), 1.0)
     whole = parts[0] if len(parts) == 1 and parts[0].of_heads is None else call
@@ -197,6 +205,15 @@ def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Ten
         if lse is not None:
             return output, lse
 
+    named = _named_heads(call, editors)
+    if named is not None:
+        output, lse = _attend(call, [])
+        if named:
+            some, some_lse = _attend(over_heads(call, named), editors)
+            index = torch.tensor(named, device=output.device)
+            output, lse = output.index_copy(1, index, some), lse.index_copy(1, index, some_lse)
+        return output, lse
+
     def edit(weights: Tensor, rows: Tensor) -> Tensor:
         for editor in editors:
             weights = editor.edit_weights(call, weights, rows)
@@ -211,6 +228,38 @@ def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Ten
         dropout=call.dropout,
         empty_rows="zero",
         **call.arguments(),
+    )
+
+
+def _named_heads(call: AttentionCall, editors: Sequence[Editor]) -> list[int] | None:
+    """The heads that editors of weights name at a site where they leave others alone; None for all heads."""
+    if not editors or call.of_heads is not None:
+        return None
+    found: set[int] = set()
+    for editor in editors:
+        heads = editor.heads_at(call.site)
+        if heads is None:
+            return None
+        found.update(heads)
+    return sorted(found) if len(found) < call.heads else None
+
+
+def over_heads(call: AttentionCall, heads: Sequence[int]) -> AttentionCall:
+    """The call over some of its query heads, each with its own copy of the key head it reads."""
+    index = torch.tensor(list(heads), device=call.query.device)
+    shared = index // call.groups
+    pick = {
+        name: tensor[:, index]
+        for name in ("mask", "bias")
+        if (tensor := getattr(call, name)) is not None and tensor.shape[1] > 1
+    }
+    return call.replace(
+        query=call.query[:, index],
+        key=call.key[:, shared],
+        value=call.value[:, shared],
+        sinks=None if call.sinks is None else call.sinks[index],
+        of_heads=index,
+        **pick,
     )
 
 

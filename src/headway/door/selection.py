@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.errors import ArgumentError
@@ -135,19 +135,25 @@ class BlockMask:
 
     def density(self, *, causal: bool = True) -> float:
         """Selected over visible pairs, counted pair by pair."""
-        first_query, _, first_key, last_key = self._spans()
-        pairs = torch.zeros(self.blocks.shape[2:], dtype=torch.float64)
-        width = (last_key - first_key + 1).double()
-        for block in range(self.blocks.shape[2]):
-            start = int(first_query[block])
-            rows = torch.arange(start, min(start + self.query_block, self.keys), device=self.blocks.device)
-            if causal:
-                seen = (rows[:, None] - first_key[None] + 1).clamp(min=0).double()
-                pairs[block] = torch.minimum(seen, width[None]).sum(0).cpu()
-            else:
-                pairs[block] = (width * rows.numel()).cpu()
+        pairs = self.pairs(causal=causal)
         chosen = (self.blocks.double().mean((0, 1)).cpu() * pairs).sum()
         return float(chosen / pairs.sum())
+
+    def pairs(self, *, causal: bool = True) -> Float[Tensor, "query_blocks key_blocks"]:
+        """Visible pairs in each block.
+
+        With row i at position p, min(max(p - first key + 1, 0), width) of a block's keys are visible. Summed up to the
+        row that sees m of them this is m(m + 1)/2 until the block is full, and `width` for every row after it."""
+        first_query, last_query, first_key, last_key = (x.double().cpu() for x in self._spans())
+        width = last_key - first_key + 1
+        if not causal:
+            return (last_query - first_query + 1)[:, None] * width
+
+        def up_to(seen: Tensor) -> Tensor:
+            inside = torch.minimum(seen.clamp(min=0), width)
+            return inside * (inside + 1) / 2 + (seen - width).clamp(min=0) * width
+
+        return up_to(last_query[:, None] - first_key + 1) - up_to(first_query[:, None] - first_key)
 
     def plot(self, *, batch: int = 0, head: int = 0) -> str:
         """The mask of one head as text: █ read, · skipped, blank in the future."""
@@ -160,9 +166,11 @@ class BlockMask:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The keys of the selected blocks (causality of the host still applies inside them)."""
+    """The keys of the selected blocks (causality of the host still applies inside them). `within` narrows them pair by
+    pair, where rows of one block read different keys."""
 
     mask: BlockMask
+    within: Bool[Tensor, "#batch #heads queries keys"] | None = None
 
     def to_bool(self, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, ...]:
         if (queries, keys) != (self.mask.queries, self.mask.keys):
@@ -171,7 +179,8 @@ class Blocks:
                 f"{queries} and "
                 f"{keys}. Build it from the call it is used on."
             )
-        return self.mask.to_bool().to(device)
+        chosen = self.mask.to_bool().to(device)
+        return chosen if self.within is None else chosen & self.within.to(device)
 
 
 @dataclass(frozen=True)

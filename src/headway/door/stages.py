@@ -39,10 +39,13 @@ class Selector(Stage):
     `phases` are those of a forward ("prefill", "decode") in which the selector is asked; in others the site is dense,
     by the host's own kernel. A selector that returns `Dense()` has the same effect for one call. `approximates` says
     that the selection stands for dense attention and may give way to it where that is as fast (the report then says
-    "native: dense is as fast"); a selector that is part of a model's definition leaves it False."""
+    "native: dense is as fast"); a selector that is part of a model's definition leaves it False. `looks_ahead` is the
+    reason why later tokens of a forward change which keys earlier rows read, where they do; no row may ever read a
+    later key."""
 
     phases: frozenset[str] = PHASES
     approximates: bool = False
+    looks_ahead: str = ""
 
     def select(self, call: AttentionCall) -> Selection:
         raise NotImplementedError
@@ -78,6 +81,13 @@ class Editor(Stage):
     ) -> Float[Tensor, "batch heads queries value_dim"]:
         return output
 
+    def heads_at(self, site: Site) -> Sequence[int] | None:
+        """The heads whose weights this editor may change at a site; None: all of them.
+
+        Where every editor of weights at a site names its heads, the other heads run by the fused kernel and
+        `edit_weights` gets a call over the named heads alone, which `AttentionCall.of_heads` lists."""
+        return None
+
     @property
     def edits(self) -> frozenset[str]:
         """Which of "call", "weights", "output" this editor overrides."""
@@ -106,8 +116,9 @@ class CachePolicy(Stage):
         """The calls to run in place of this one, or None to leave it as it is.
 
         `call` holds the keys and values that the cache's `update` returned; `call.forward.cache` is the cache (None
-        when the host runs without one). Calls over disjoint heads (`of_heads`) are put together; calls over the same
-        heads are parts of one softmax and are merged by their log-sum-exp. Masks must hide padding and the future."""
+        when the host runs without one). Calls over disjoint heads (`of_heads`) or query rows (`of_rows`) are put
+        together; calls over the same heads and rows are parts of one softmax and are merged by their log-sum-exp. Masks
+        must hide padding and the future."""
         return None
 
     def settle(self, cache: Any) -> None:

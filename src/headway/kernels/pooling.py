@@ -28,10 +28,38 @@ def block_means(
     return (tiles * weight).sum(3) / weight.sum(3).clamp(min=1)
 
 
+def offset_blocks(x: Float[Tensor, "... offsets"], block: int) -> Float[Tensor, "... distances"]:
+    """Mass by offset i − j as mass by distance in blocks, for rows that stand anywhere in their block alike.
+
+    Of the b rows of a block, t = o mod b have offset o in the block at distance ⌊o/b⌋ + 1, the others at ⌊o/b⌋. What
+    would lie beyond the last distance counts as the last."""
+    _check(block)
+    count = -(-x.shape[-1] // block)
+    offset = torch.arange(x.shape[-1], device=x.device)
+    later = (offset % block) / block
+    near, far = block_sums(x * (1 - later), block), block_sums(x * later, block)
+    moved = pad(far, (1, 0))
+    moved[..., count - 1] += moved[..., count]
+    return near + moved[..., :count]
+
+
 def cover(x: Float[Tensor, "... entries"], mass: float) -> Int[Tensor, ...]:
     """Smallest number of largest entries whose sum reaches `mass`; all of them where it never does."""
     running = x.sort(-1, descending=True).values.cumsum(-1)
     return ((running < mass).sum(-1) + 1).clamp(max=x.shape[-1])
+
+
+def mass_before(x: Float[Tensor, "... entries"]) -> Float[Tensor, "... entries"]:
+    """The mass of all entries that are larger than each one (of equal ones, of those that stand before it).
+
+    An entry belongs to the fewest entries that cover γ exactly when this is below γ."""
+    ordered, order = x.sort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(x).scatter_(-1, order, _before(ordered))
+
+
+def mass_before_rank(x: Float[Tensor, "... entries"]) -> Float[Tensor, "... entries"]:
+    """The same by rank: the mass of the r largest entries, for r = 0, 1, …"""
+    return _before(x.sort(-1, descending=True).values)
 
 
 def ranks(x: Float[Tensor, "... entries"]) -> Int[Tensor, "... entries"]:
@@ -56,6 +84,10 @@ def block_similarity(x: Float[Tensor, "batch heads tokens dim"], block: int) -> 
     stands for its block, near 1/block where it does not (SpargeAttn, arXiv 2502.18137)."""
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     return block_means(unit, block).square().sum(-1)
+
+
+def _before(ordered: Tensor) -> Tensor:
+    return pad(ordered.cumsum(-1)[..., :-1], (1, 0))
 
 
 def _check(block: int) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from headway.errors import ArgumentError, HeadwayError
+from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.hosts import default_text, load, read_text
-from headway.look.gather import Progress as Tell
 from headway.look.looking import look
 from headway.look.terminal import summarise
+from headway.pages.console import check_folder, progress_bar
 
 
 def run(
@@ -91,34 +88,3 @@ def parse_heads(text: str) -> list[tuple[int, int]]:
             raise ArgumentError(f"--heads: got {text!r}, expected layer.head pairs such as 3.7,12.0.")
         heads.append((int(match[1]), int(match[2])))
     return list(dict.fromkeys(heads))
-
-
-def check_folder(out: Path) -> None:
-    """Refuses an output folder that cannot be made or written, before any work is done."""
-    if out.exists() and not out.is_dir():
-        raise ArgumentError(f"--out: got {out}, which is a file; expected a folder. Name another with --out.")
-    try:
-        write_atomically(out / ".headway", "").unlink()
-    except OSError as error:
-        raise HeadwayError(
-            f"--out: {out} cannot be written ({error.strerror}). Name another folder with --out."
-        ) from None
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Tell]:
-    """A bar on standard error whose label is what is being done; silent where standard error is no terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=1)
-
-        def tell(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        yield tell

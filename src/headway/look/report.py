@@ -1,44 +1,25 @@
-"""The report of `headway look`: one HTML file that needs nothing but a browser.
-
-The page is a template with its own style sheet and scripts, all in `templates/`. The numbers travel as JSON in an inert
-script element in which `<`, `>` and `&` are written as escapes, so no token can end the element; the scripts put text
-on the page as text nodes only. Plotly's bundle is carried once, gzipped, and unpacked by the browser. A content
-security policy names the hashes of the two scripts that may run and forbids every request: a token that did get into
-the page as markup could neither run nor call home.
+"""The report of `headway look`: what its page holds. The shell, with its policy and scripts, is `headway.pages`.
 
 Received mass spans many decades, so it is packed as 16-bit codes on a log scale (see `pack_log`)."""
 
 from __future__ import annotations
 
 import base64
-import gzip
-import hashlib
-import json
 import math
-import re
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from markupsafe import Markup, escape
 
 from headway.errors import ArgumentError
 from headway.look.result import FAMILIES, HeadMap, HeadMetric, Look
+from headway.pages.plain import Exact, rounded
+from headway.pages.shell import flat, model_parts, provenance, render_page
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-SIGNIFICANT_DIGITS = 4
-TEXT_SHOWN = 160
-VERSIONS = ("headway", "torch", "transformers")
 SCRIPTS = (
-    "base.js",
-    "colour.js",
-    "plots.js",
+    "chosen.js",
     "facts.js",
     "heads.js",
     "layers.js",
@@ -48,12 +29,10 @@ SCRIPTS = (
     "inspector.js",
     "main.js",
 )
+STYLES = ("look.css",)
 FAMILY_TITLES = {"sinks": "Sinks", "secondary": "Secondary sinks", "patterns": "Patterns", "roles": "Roles"}
 LOG_CODES = 65533
 LOG_FLOOR = 1e-12
-NUMBER = re.compile(r"\d+(?:[.,\u202f]\d+)*(?:\s?%)?")
-NAMED_PLACE = re.compile(r"\b(?:layer|head|position)s? \d[\d,]*(?:(?:,| to| and) \d[\d,]*)*", re.IGNORECASE)
-HEADLINE = 60
 
 
 def render(look: Look) -> str:
@@ -62,21 +41,22 @@ def render(look: Look) -> str:
     Raises ArgumentError when parts of the Look contradict each other (a metric with another number of heads, a map
     whose bytes do not fill its side)."""
     _check(look)
-    scripts = _scripts()
-    plotly, packed = _plotly()
-    environment = _environment()
-    return environment.get_template("report.html.j2").render(
-        look=look,
-        title=f"{look.model.get('name', 'model')}: what its attention heads do",
+    name = look.model.get("name", "model")
+    return render_page(
+        "headway.look",
+        "report.html.j2",
+        styles=STYLES,
+        scripts=SCRIPTS,
+        data=payload(look),
+        verb="look",
+        heading=name,
+        title=f"{name}: what its attention heads do",
         subtitle=_subtitle(look),
-        provenance=_provenance(look.run),
-        facts=[("Model", list(_flat(look.model))), ("Run", list(_flat(look.run)))],
+        provenance=provenance(look.run),
+        findings=look.findings,
+        warnings=look.warnings,
+        facts=[("Model", list(flat(look.model))), ("Run", list(flat(look.run)))],
         sections=_sections(look),
-        policy=_policy(scripts, plotly),
-        style=Markup(_source("report.css")),
-        scripts=Markup(scripts),
-        plotly=Markup(packed),
-        data=Markup(_script_safe(payload(look))),
     )
 
 
@@ -92,7 +72,7 @@ def payload(look: Look) -> dict[str, Any]:
         "families": [[name, FAMILY_TITLES[name]] for name in FAMILIES],
         "received": pack_log(np.asarray(received, dtype=float)) if received and look.tokens else None,
     }
-    return _rounded(data)
+    return rounded(data)
 
 
 def pack_log(values: Float[np.ndarray, "rows columns"]) -> dict[str, Any]:
@@ -115,108 +95,10 @@ def pack_log(values: Float[np.ndarray, "rows columns"]) -> dict[str, Any]:
     return {
         "rows": values.shape[0],
         "columns": values.shape[1],
-        "low": _Exact(low),
-        "high": _Exact(high),
+        "low": Exact(low),
+        "high": Exact(high),
         "codes": base64.b64encode(codes.tobytes()).decode("ascii"),
     }
-
-
-class _Exact(float):
-    """A float that rounding leaves alone."""
-
-
-def visible(text: object) -> str:
-    """Text in which control, direction and half characters are seen instead of obeyed."""
-
-    def shown(character: str) -> str:
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
-            return character
-        return f"⟨U+{ord(character):04X}⟩"
-
-    return "".join(map(shown, str(text)))
-
-
-def emphasised(sentence: object) -> Markup:
-    """A sentence, escaped, with its first number set apart when it starts within the first 60 characters. The number of
-    a layer, head or position is a name and does not count."""
-    text = visible(sentence)
-    found = NUMBER.search(NAMED_PLACE.sub(lambda place: "x" * len(place.group()), text))
-    if not found or found.start() > HEADLINE:
-        return escape(text)
-    start, end = found.span()
-    return escape(text[:start]) + Markup("<b>") + escape(text[start:end]) + Markup("</b>") + escape(text[end:])
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("headway.look", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"visible": visible, "emphasised": emphasised}
-    return environment
-
-
-def _source(name: str) -> str:
-    from importlib.resources import files
-
-    return files("headway.look").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _scripts() -> str:
-    return '"use strict";\n(() => {\n' + "\n".join(_source(name) for name in SCRIPTS) + "\n})();"
-
-
-@lru_cache(maxsize=1)
-def _plotly() -> tuple[str, str]:
-    """The hash of Plotly's bundle for the policy, and the bundle gzipped in base64."""
-    from plotly.offline import get_plotlyjs
-
-    source = get_plotlyjs().encode("utf-8")
-    return _hash(source), base64.b64encode(gzip.compress(source, 9, mtime=0)).decode("ascii")
-
-
-def _hash(script: bytes) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode('ascii')}'"
-
-
-def _policy(scripts: str, plotly_hash: str) -> str:
-    allowed = f"{_hash(scripts.encode('utf-8'))} {plotly_hash}"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _script_safe(data: Any) -> str:
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _rounded(value: Any) -> Any:
-    """JSON-ready copy with short numbers: whole floats as integers, NaN and infinity as null."""
-    if isinstance(value, dict):
-        return {str(k): _rounded(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(v) for v in value]
-    if isinstance(value, np.ndarray):
-        return _rounded(value.tolist())
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, _Exact):
-        return float(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        short = float(f"{value:.{SIGNIFICANT_DIGITS}g}")
-        return int(short) if short.is_integer() and abs(short) < 1e15 else short
-    if value is None or isinstance(value, str | int | bool):
-        return value
-    return str(value)
 
 
 def _grid(look: Look) -> tuple[int, int]:
@@ -276,53 +158,7 @@ def _sections(look: Look) -> list[tuple[str, str]]:
 
 
 def _subtitle(look: Look) -> str:
-    model, run = look.model, look.run
-    layers, heads = model.get("layers"), model.get("heads")
-    parts = []
-    if layers and heads:
-        shared = model.get("kv_heads")
-        groups = f" ({shared} key-value heads)" if shared and shared != heads else ""
-        parts.append(f"{layers} layers × {heads} heads{groups}")
-    if model.get("head_dim"):
-        parts.append(f"head dimension {model['head_dim']}")
-    if model.get("parameters"):
-        parts.append(f"{_count(model['parameters'])} parameters")
-    if model.get("dtype"):
-        parts.append(str(model["dtype"]).removeprefix("torch."))
-    tokens = run.get("tokens", len(look.tokens))
-    parts.append(f"{tokens:,} tokens" if isinstance(tokens, int) else f"{tokens} tokens")
-    return " · ".join(parts)
-
-
-def _provenance(run: dict[str, Any]) -> str:
-    """What was read, when and with which versions, as far as the run says so."""
-    parts = [
-        _cut(f"text: {run['text']}") if run.get("text") else "",
-        str(run.get("date") or ""),
-        ", ".join(f"{name} {run[name]}" for name in VERSIONS if run.get(name)),
-    ]
-    return " · ".join(part for part in parts if part)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}…"
-
-
-def _count(number: object) -> str:
-    if not isinstance(number, int | float):
-        return str(number)
-    for size, word in ((1e9, "billion"), (1e6, "million")):
-        if number >= size:
-            return f"{number / size:.1f} {word}"
-    return f"{number:,}"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value) rows of a dictionary, inner dictionaries joined by a space, long texts cut."""
-    for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            yield from _flat(value, f"{name} ")
-            continue
-        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        yield name, _cut(text)
+    tokens = look.run.get("tokens", len(look.tokens))
+    return " · ".join(
+        [*model_parts(look.model), f"{tokens:,} tokens" if isinstance(tokens, int) else f"{tokens} tokens"]
+    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headway.errors import ArgumentError, missing_extra, unknown
+from headway.errors import missing_extra, unknown
 from headway.files import write_atomically
+from headway.pages.plain import read_json, to_json, with_nan
 
 if TYPE_CHECKING:
     import pandas
@@ -127,24 +127,16 @@ class Look:
 
     def to_json(self) -> str:
         """JSON text; NaN and infinity become null."""
-        return json.dumps(_plain(asdict(self)), ensure_ascii=False, allow_nan=False)
+        return to_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Look:
         """The Look that `to_json` wrote. Raises ArgumentError when the text is something else."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ArgumentError(
-                f"text: got invalid JSON ({error}), expected a report written by Look.to_json."
-            ) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            got = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ArgumentError(f"format: got {got!r}, expected {FORMAT}. Run `headway look` again with this version.")
+        data = read_json(text, wanted=FORMAT, writer="Look.to_json", command="headway look")
         data["heads"] = [HeadMetric(**_with_nan(m, "values", "low", "high")) for m in data["heads"]]
         data["layers"] = [LayerSeries(**_with_nan(s, "values", "low", "high")) for s in data["layers"]]
         data["labels"] = [Labels(**item) for item in data["labels"]]
-        data["received"] = _nan(data["received"])
+        data["received"] = with_nan(data["received"])
         data["maps"] = [
             HeadMap(
                 **{
@@ -181,26 +173,5 @@ class Look:
         return page
 
 
-def _plain(value: Any) -> Any:
-    """JSON-ready copy: numpy scalars and arrays to Python, NaN and infinity to None, keys to strings."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
-def _nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_nan(v) for v in value]
-    return float("nan") if value is None else value
-
-
 def _with_nan(item: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {k: (_nan(v) if k in names and v is not None else v) for k, v in item.items()}
+    return {k: (with_nan(v) if k in names and v is not None else v) for k, v in item.items()}

@@ -12,8 +12,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from headway.look.report import visible
 from headway.look.result import HeadMetric, Look
+from headway.pages.shell import visible
 
 PLACES = ("First", "Second", "Third")
 CELL = 2

@@ -1,10 +1,11 @@
 """What a selection of keys loses on recorded query, key and value, block by block, without a full map of pairs.
 
-    kept mass     m_i = Σ_{j ∈ S(i)} w_ij ,        w: dense attention weights, S(i): keys selected for row i
+    kept mass     m_i = Σ_{j ∈ S(i)} w_ij / Σ_j w_ij ,   w: dense attention weights, S(i): keys selected for row i
     output error  e_i = ‖o_i^S − o_i‖₂ / ‖o_i‖₂ ,   relative L2, by row; over all rows  ‖O^S − O‖_F / ‖O‖_F
 
-o^S renormalises over the selected keys, as an executor does; a learned sink stays in the denominator of both. Rows that
-see nothing are NaN. Work is O(rows × keys), memory O(block × keys).
+o^S renormalises over the selected keys, as an executor does; a learned sink stays in the denominator of both outputs,
+and its own mass is not counted as a key's. Rows that see nothing are NaN. Work is O(rows × keys), memory
+O(block × keys).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from headway.door.call import AttentionCall
 from headway.door.selection import Blocks, Dense, Keys, Selection, Window
 from headway.errors import ArgumentError, EmptyRowError
 from headway.kernels.dense import grouped_values, normalise
+from headway.kernels.gathered import row_block, unique_keys
 
 #: Query rows at a time.
 BLOCK = 128
@@ -68,7 +70,8 @@ def fidelity(
     """Compares a selection with dense attention on one call, such as a recorded one
     (`AttentionCall.from_tensors(query, key, value, causal=True)`).
 
-    `rows` limits the work to some query rows. Raises EmptyRowError for a row that sees keys and keeps none of them."""
+    `rows` limits the work to some query rows. Raises EmptyRowError for a row that sees keys and keeps none of them,
+    unless the head has a learned sink to fall back on."""
     index = torch.arange(call.queries, device=call.query.device) if rows is None else rows.to(call.query.device)
     if block < 1 or index.numel() == 0:
         raise ArgumentError(f"block, rows: got {block} and {index.numel()} rows, expected at least 1 of each.")
@@ -78,10 +81,13 @@ def fidelity(
     selected_pairs = visible_pairs = 0.0
     for part in index.split(block):
         chosen = selected_keys(selection, part, call.queries, call.keys)
+        if chosen.shape[1] not in (1, call.heads):
+            chosen = chosen.repeat_interleave(call.groups, 1)
         logits = call.logits(part)
         visible = call.visible(part)
         kept = visible & chosen
-        _refuse_empty(visible, kept, part)
+        if call.sinks is None:
+            _refuse_empty(visible, kept, part)
         weights, _ = normalise(logits, call.sinks)
         narrowed, _ = normalise(logits.masked_fill(~kept, -torch.inf), call.sinks)
         dense = grouped_values(weights, call.value.float())
@@ -123,15 +129,15 @@ def selected_keys(
                 f"block mask: got one for {mask.queries} queries and {mask.keys} keys, expected {queries} and {keys}. "
                 "Build it from the call it is used on."
             )
-        return mask.blocks.to(rows.device)[:, :, rows // mask.query_block][..., column // mask.key_block]
+        chosen = mask.blocks.to(rows.device)[:, :, rows // mask.query_block][..., column // mask.key_block]
+        return chosen if selection.within is None else chosen & selection.within.to(rows.device)[:, :, rows]
     if not isinstance(selection, Keys):
         raise ArgumentError(f"selection: got {type(selection).__name__}, expected Dense, Window, Blocks or Keys.")
-    some = selection.index.shape[2] > 1
-    index = selection.index.to(rows.device)
-    index = index[:, :, rows] if some else index
-    valid = None if selection.valid is None else selection.valid.to(rows.device)
-    valid = valid if valid is None or not some else valid[:, :, rows]
-    return Keys(index, valid).to_bool(rows.numel(), keys, rows.device)
+    size = row_block(selection.index, queries, selection.query_block)
+    lists, valid = unique_keys(selection.index.to(rows.device), selection.valid, keys)
+    chosen = torch.zeros(*lists.shape[:2], rows.numel(), keys, dtype=torch.int32, device=rows.device)
+    of = rows // size
+    return chosen.scatter_add_(3, lists[:, :, of], valid[:, :, of].int()) > 0
 
 
 def _refuse_empty(visible: Tensor, kept: Tensor, rows: Tensor) -> None:

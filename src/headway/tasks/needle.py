@@ -128,6 +128,12 @@ def planted_score(
     running: Running = prefill(model, sample.prompt_ids if question_aware else sample.context_ids, chunk=prefill_chunk)
     if not question_aware:
         feed(model, running, sample.question_ids, chunk=prefill_chunk)
+    return score_planted(model, tokenizer, sample, running)
+
+
+@torch.no_grad()
+def score_planted(model: nn.Module, tokenizer: Any, sample: Sample, running: Running) -> PlantedScore:
+    """The score from a request whose last fed token is that before the answer; its cache goes on with the value."""
     value = torch.tensor(value_ids(tokenizer, sample))
     rows, cache = [running.logits[-1:]], running.cache
     for token in value[:-1]:

@@ -69,19 +69,20 @@ def recall_of_length(
     tokens: int,
     seed: int,
     *,
+    number: int = 0,
     kind: str = "number",
     depth: float | None = None,
     chat: bool = False,
 ) -> Sample:
-    """The object with the most pairs that fits into `tokens`, asked for the pair at `depth` per cent (drawn for
-    None)."""
+    """The object with the most pairs that fits into `tokens`, asked for the pair at `depth` per cent (drawn for None).
+    Each `number` of a `seed` is an object of its own."""
     if depth is not None and not 0 <= depth <= 100:
         raise ArgumentError(f"depth: got {depth}, expected a percentage between 0 and 100.")
 
     def build(pairs: int) -> Sample:
-        share = np.random.default_rng([seed, 1]).random() if depth is None else depth / 100
+        share = np.random.default_rng([seed, number, 1]).random() if depth is None else depth / 100
         position = min(int(share * pairs), pairs - 1)
-        random = np.random.default_rng([seed, 0])
+        random = np.random.default_rng([seed, number, 0])
         return recall_sample(tokenizer, pairs, random, kind=kind, position=position, chat=chat)
 
     return largest_fit(build, tokens, least=DEMONSTRATIONS + 1)
@@ -90,12 +91,12 @@ def recall_of_length(
 def recall_samples(
     tokenizer: Any, tokens: int, *, count: int = 20, kind: str = "number", seed: int = 0, chat: bool = False
 ) -> Iterator[Sample]:
-    """`count` objects that fill `tokens`, with seeds from `seed` on and depths spread evenly from end to end."""
+    """`count` objects that fill `tokens`, the numbers 0, 1, … of `seed`, at depths spread evenly from end to end."""
     if count < 1:
         raise ArgumentError(f"count: got {count}, expected at least 1.")
     for number in range(count):
         depth = 100 * (number + 0.5) / count
-        yield recall_of_length(tokenizer, tokens, seed + number, kind=kind, depth=depth, chat=chat)
+        yield recall_of_length(tokenizer, tokens, seed, number=number, kind=kind, depth=depth, chat=chat)
 
 
 def _ask(key: str) -> str:

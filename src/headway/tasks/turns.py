@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from headway.errors import ArgumentError, HostError, unknown
-from headway.tasks.answering import Answer, Running, answer, decode, feed, fork, prefill
+from headway.tasks.answering import Answer, Running, answer, decode, ending_ids, feed, fork, prefill
 from headway.tasks.samples import Sample, largest_fit, make_sample
 from headway.tasks.words import FILLER, NOUNS, draw, essay, pick, prose, spread
 
@@ -99,11 +99,11 @@ def shared_contexts(
     seed: int = 0,
     chat: bool = False,
 ) -> Iterator[SharedContext]:
-    """`count` shared contexts with seeds from `seed` on."""
+    """`count` shared contexts, each with a seed of its own made from `seed` and its number."""
     if count < 1:
         raise ArgumentError(f"count: got {count}, expected at least 1.")
     for number in range(count):
-        random = np.random.default_rng([seed + number, tokens])
+        random = np.random.default_rng([seed, tokens, number])
         yield shared_context(tokenizer, tokens, random, questions=questions, text=text, chat=chat)
 
 
@@ -137,7 +137,17 @@ def answer_turns(
         turn.seconds = 0.0
         feed(model, turn, sample.question_ids, chunk=prefill_chunk)
         answers.append(decode(model, tokenizer, sample, turn, False, seconds, question_seconds=turn.seconds))
+        if mode == "conversation":
+            _finish_turn(model, tokenizer, turn, answers[-1])
     return answers
+
+
+def _finish_turn(model: nn.Module, tokenizer: Any, running: Running, said: Answer) -> None:
+    """Puts the last token of an answer into the cache, which decoding leaves out for it has nothing to predict; not
+    that of a stop string, which is no part of the answer."""
+    ended = int(running.logits[-1].argmax()) in ending_ids(model, tokenizer)
+    if said.new_tokens and not ended and tokenizer.decode(said.ids, skip_special_tokens=True) == said.text:
+        feed(model, running, said.ids[None, -1:])
 
 
 def _copy(running: Running, model: nn.Module) -> Running:
@@ -152,10 +162,15 @@ def _copy(running: Running, model: nn.Module) -> Running:
 def _crop(running: Running, tokens: int) -> None:
     """Takes everything behind the first `tokens` off the cache."""
     cache = running.cache
+    refusal = HostError(
+        f"cache: {type(cache).__name__} cannot be cropped: it does not keep what it would have to go back to. Answer "
+        "with mode='copy' or mode='rerun'."
+    )
     if not getattr(cache, "is_croppable", False):
-        raise HostError(
-            f"cache: {type(cache).__name__} cannot be cropped: it does not keep what it would have to go back to. "
-            "Answer with mode='copy' or mode='rerun'."
-        )
-    cache.crop(tokens - running.tokens)
+        raise refusal
+    try:
+        cache.crop(tokens - running.tokens)
+    except RuntimeError as error:
+        # A sliding layer says that it can be cropped until its window is full.
+        raise refusal from error
     running.tokens = tokens

@@ -1,11 +1,11 @@
-"""TAPPA, the analysis: bounds and periods on planted queries and keys, predictability, classification, a real model.
+"""TAPPA: bounds and periods on planted queries and keys, predictability, classification, a real model.
 
 The planted heads are built so that their class is the truth; the bounds are tried on random tensors in float64. On a
 real model two readings of "similar queries, predictable rows" stand side by side, rows of weights and rows of logits
 (the paper's proposition speaks of logits), since an attention sink alone makes rows of weights alike.
 
 Paper: Why Attention Patterns Exist: A Unifying Temporal Perspective Analysis, arXiv 2601.21709. Its applications, KV
-budgets and pruning, are not part of this recipe.
+budgets and pruning, are measured in `_tappa_applications`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from headway.errors import unknown
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import Measurement, at_least, at_most, rank_correlation_at_least
 from headway.evidence.recipe import Context, Recipe
+from headway.evidence.recipes import _tappa_applications as applications
 from headway.evidence.statistics import proportion, rank_correlation
 from headway.kernels.dense import grouped_scores, normalise
 from headway.kernels.rope import LAYOUTS, periods, rope_frequencies, rotate
@@ -67,6 +68,7 @@ CRITERIA = {
     "classification": at_least(0.9, minimum_n=60, label="accuracy"),
     "real-weights": rank_correlation_at_least(0.3, minimum_n=FEWEST_HEADS),
     "real-logits": rank_correlation_at_least(0.3, minimum_n=FEWEST_HEADS),
+    **applications.CRITERIA,
 }
 
 
@@ -85,6 +87,7 @@ def run(context: Context) -> list[Claim]:
         ),
         _weights_claim(context, real),
         _logits_claim(context, real),
+        *applications.claims(context),
     ]
 
 

@@ -26,8 +26,6 @@ function spansDecades(members) {
   return values.length > 0 && low > 0 && high > SHARES_END && high / low >= LOG_FROM;
 }
 
-const bandColour = (hex, share) => `rgba(${channels(hex).join(",")},${share})`;
-
 function linePlot(members, log) {
   const traces = members.flatMap((series, i) => {
     const colour = CATEGORIES[i % CATEGORIES.length];

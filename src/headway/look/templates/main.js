@@ -1,4 +1,4 @@
-// The rest of the free-form numbers, the first choice of a head, and Plotly.
+// The rest of the free-form numbers, and the first choice of a head.
 
 section("more", (body) => {
   for (const [heading, record, drawn] of [["Sinks", DATA.sinks, ["positions", "sentence"]], ["Roles", DATA.roles, ["sentence"]]]) {
@@ -11,17 +11,3 @@ section("more", (body) => {
 
 const first = DATA.maps[0] ?? { layer: 0, head: 0 };
 if (DATA.grid.layers && DATA.grid.heads) choose(first.layer, first.head);
-
-const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
-const watcher = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (!isIntersecting) continue;
-    links.forEach((link) => link.removeAttribute("aria-current"));
-    links.get(target.id)?.setAttribute("aria-current", "true");
-  }
-}, { rootMargin: "-20% 0px -70% 0px" });
-document.querySelectorAll("main > section").forEach((part) => watcher.observe(part));
-
-loadPlotly().then(drawAll).catch((error) => {
-  for (const { node } of PLOTS) node.replaceChildren(el("p", { class: "quiet" }, `This plot could not be drawn: ${error.message}.`));
-}).finally(() => document.documentElement.setAttribute("data-ready", ""));

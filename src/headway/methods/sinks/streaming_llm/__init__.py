@@ -18,10 +18,22 @@ that a step sees up to C + 1 entries (`evict="after"`, the default); `evict="bef
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from headway.card import Card
+from headway.door.policy_hosts import text_config
+from headway.door.stages import Stage
+from headway.errors import ArgumentError
 from headway.methods.sinks.streaming_llm.perplexity import recompute_perplexity, streaming_perplexity
 from headway.methods.sinks.streaming_llm.policy import StreamingCache, StreamingLLM
-from headway.methods.sinks.streaming_llm.sink_token import add_sink_token, sink_token_parameter, with_sink
+from headway.methods.sinks.streaming_llm.sink_token import (
+    ZeroSink,
+    add_sink_token,
+    sink_token_parameter,
+    with_sink,
+)
 
 CARD = Card(
     slug="streaming-llm",
@@ -29,7 +41,7 @@ CARD = Card(
     year=2023,
     arxiv="2309.17453",
     family="sinks",
-    stages=("CachePolicy",),
+    stages=("CachePolicy", "Editor"),
     needs=("rotary positions",),
     knobs={
         "sinks": "first tokens that stay",
@@ -42,11 +54,30 @@ CARD = Card(
     "memory.",
 )
 
+#: Sinks that suffice for models trained without a token for it (the paper's default).
+USUAL_SINKS = 4
+
+
+def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[Stage, ...]:
+    """Sinks and a window that together hold about `share` of `tokens` tokens. At 1 the window is as long as the host
+    has positions, and nothing is ever evicted in them."""
+    if not 0 < share <= 1 or tokens < 1:
+        raise ArgumentError(f"share, tokens: got {share}, {tokens}; expected a share in (0, 1] and at least 1 token.")
+    if share == 1:
+        positions: Any = getattr(text_config(model), "max_position_embeddings", None)
+        return (StreamingLLM(sinks=0, window=max(tokens, positions if isinstance(positions, int) else 2 * tokens)),)
+    capacity = max(round(share * tokens), 1)
+    sinks = min(USUAL_SINKS, capacity - 1)
+    return (StreamingLLM(sinks=sinks, window=capacity - sinks),)
+
+
 __all__ = [
     "CARD",
     "StreamingCache",
     "StreamingLLM",
+    "ZeroSink",
     "add_sink_token",
+    "at_budget",
     "recompute_perplexity",
     "sink_token_parameter",
     "streaming_perplexity",

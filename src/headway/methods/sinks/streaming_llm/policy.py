@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headway.door.caches import PolicyCache
 from headway.door.call import AttentionCall
+from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
 from headway.door.rotary import host_frequencies
 from headway.door.stages import CachePolicy
 from headway.errors import ArgumentError, HostError, unknown
@@ -21,6 +22,8 @@ from headway.methods.sinks.streaming_llm.store import StreamingLayer
 
 log = logging.getLogger(__name__)
 
+#: Query rows of a long forward that meet the window together; no fewer than the window is long.
+ROW_BLOCK = 256
 #: Positions up to which angles in float32 are exact to about 0.002 radians; stored keys are turned back before.
 REBASE_AT = 32_768
 
@@ -88,11 +91,7 @@ class StreamingLLM(CachePolicy):
     def read(self, call: AttentionCall) -> Sequence[AttentionCall] | None:
         if call.site.kind != "self":
             return None
-        if call.bias is not None:
-            raise HostError(
-                f"{call.site.name}: got a position bias (ALiBi or relative), expected rotary positions. StreamingLLM "
-                "places keys by rotation."
-            )
+        require_plain_positions(call)
         cache = call.forward.cache
         if not isinstance(cache, StreamingCache):
             return self._read_whole(call)
@@ -121,7 +120,7 @@ class StreamingLLM(CachePolicy):
         """A forward without a cache: the same mathematics over its own tokens."""
         padding = call.forward.padding
         batch = call.query.shape[0]
-        first = torch.zeros(batch, dtype=torch.long) if padding is None else padding.long().argmax(1).cpu()
+        first = torch.zeros(batch, dtype=torch.long) if padding is None else first_tokens(padding).cpu()
         places = torch.arange(call.keys)[None] - first[:, None]
         order = (first[:, None] + torch.arange(self.sinks)).clamp(max=call.keys - 1)
         index = order.to(call.key.device)[:, None, :, None]
@@ -145,33 +144,52 @@ class StreamingLLM(CachePolicy):
         frequencies: Tensor | None,
         layout: Layout,
     ) -> list[AttentionCall]:
-        """Sinks for queries that are turned to their cache positions, and the window as it stands. Places are those in
-        the text without padding; negative ones are no tokens."""
+        """Sinks for queries that are turned to their cache positions, and the window as it stands: the rows of a long
+        forward in blocks, each with the keys within its reach, so that work and masks grow with the rows alone. Places
+        are those in the text without padding; negative ones are no tokens."""
         common: dict[str, Any] = {"causal": False, "first_key": 0, "first_query": None}
-        parts = []
         key, value, places = window
-        places = places.to(own.device)
-        distance = own[:, :, None] - places[:, None]
+        sink_key, sink_value, sink_places = sink
+        places, sink_places = places.to(own.device), sink_places.to(own.device)
         reach = self.reach if call.site.window is None else min(self.reach, call.site.window - 1)
-        seen = (distance >= 0) & (distance <= reach) & (places >= self.sinks)[:, None]
-        query = call.query
-        if self.sinks:
-            sink_key, sink_value, sink_places = sink
-            sink_places = sink_places.to(own.device)
-            sink_seen = (sink_places >= 0)[:, None] & (sink_places[:, None] <= own[:, :, None])
-            if self.positions == "cache" and frequencies is not None:
-                # The query stands at own − turned_back; the sinks stand where they were first rotated.
-                query = rotate(query, turned_back - self._shift(own), frequencies, layout)
-            elif turned_back and frequencies is not None:
-                query = rotate(query, torch.full_like(own, turned_back), frequencies, layout)
+        turned = self._turned(call.query, own, turned_back, frequencies, layout) if self.sinks else call.query
+        block = max(ROW_BLOCK, reach)
+        parts = []
+        for start in range(0, call.queries, block):
+            stop = min(start + block, call.queries)
+            rows = own[:, start:stop]
+            common["of_rows"] = None if stop - start == call.queries else (start, stop)
+            if self.sinks:
+                seen = (sink_places >= 0)[:, None] & (sink_places[:, None] <= rows[:, :, None])
+                parts.append(
+                    call.replace(
+                        query=turned[:, :, start:stop], key=sink_key, value=sink_value, mask=seen[:, None], sinks=None,
+                        key_at=sink_places[:, None], **common,
+                    )
+                )  # fmt: skip
+            # Columns count alike in every sequence: distances within one do not depend on its padding.
+            column = int(rows[0, 0] - places[0, 0])
+            near = slice(max(column - reach, 0), column + stop - start)
+            distance = rows[:, :, None] - places[:, None, near]
+            seen = (distance >= 0) & (distance <= reach) & (places[:, None, near] >= self.sinks)
             parts.append(
                 call.replace(
-                    query=query, key=sink_key, value=sink_value, mask=sink_seen[:, None], sinks=None,
-                    key_at=sink_places[:, None], **common,
+                    query=call.query[:, :, start:stop], key=key[:, :, near], value=value[:, :, near],
+                    mask=seen[:, None], key_at=places[:, None, near], **common,
                 )
             )  # fmt: skip
-        parts.append(call.replace(key=key, value=value, mask=seen[:, None], key_at=places[:, None], **common))
         return parts
+
+    def _turned(
+        self, query: Tensor, own: Tensor, turned_back: int, frequencies: Tensor | None, layout: Layout
+    ) -> Float[Tensor, "batch heads queries dim"]:
+        """The queries as they meet the sinks. They stand at own − turned_back; the sinks stand where they were first
+        rotated."""
+        if frequencies is None:
+            return query
+        if self.positions == "cache":
+            return rotate(query, turned_back - self._shift(own), frequencies, layout)
+        return rotate(query, torch.full_like(own, turned_back), frequencies, layout) if turned_back else query
 
 
 class StreamingCache(PolicyCache):
@@ -180,7 +198,8 @@ class StreamingCache(PolicyCache):
     layers: list[StreamingLayer]  # type: ignore[assignment]
 
     def __init__(self, policy: StreamingLLM, model: nn.Module) -> None:
-        config: Any = getattr(model.config, "text_config", None) or model.config
+        require_plain_decoder(model)
+        config = text_config(model)
         positions = getattr(config, "max_position_embeddings", None)
         if isinstance(positions, int) and policy.capacity > positions:
             raise HostError(
@@ -208,12 +227,16 @@ class StreamingCache(PolicyCache):
         self.first = torch.zeros(1, dtype=torch.long)
 
     def learn_padding(self, mask: Any, batch: int) -> None:
-        """Takes the left padding of each row from the mask of the request's first forward."""
-        if self.get_seq_length():
-            return
-        self.turned_back = 0
+        """Takes the left padding of each row from the host's mask: at the request's first forward, and for rows that
+        were nothing but padding so far at the next ones."""
+        seen = self.get_seq_length()
         given = isinstance(mask, Tensor) and mask.ndim == 2
-        self.first = mask.bool().long().argmax(1).cpu() if given else torch.zeros(batch, dtype=torch.long)
+        found = first_tokens(mask).cpu() if given else torch.zeros(batch, dtype=torch.long)
+        if not seen:
+            self.turned_back = 0
+            self.first = found
+        elif given and bool((self.first >= seen).any()):
+            self.first = torch.where(self.first >= seen, found, self.first)
         for layer in self.layers:
             layer.first = self.first
 
@@ -270,6 +293,12 @@ class StreamingCache(PolicyCache):
     def stored_bytes(self) -> int:
         """Bytes of the keys and values that are held."""
         return sum(layer.sink_store.bytes + layer.window_bytes for layer in self.layers)
+
+
+def first_tokens(mask: Tensor) -> Int[Tensor, " batch"]:
+    """The column of each row's first real token; behind the last one where all are padding."""
+    real = mask.bool()
+    return torch.where(real.any(1), real.long().argmax(1), real.shape[1])
 
 
 def _layer_index(call: AttentionCall) -> int:

@@ -1,7 +1,7 @@
 """A dedicated sink token: one more row of the embedding, put in front of every training sample, kept for ever (S = 1).
 
-The paper trains models with such a token from the start; one sink then suffices. Its "zero sink" is the softmax with
-one more in the denominator, a key with logit 0 and value 0.
+The paper trains models with such a token from the start; one sink then suffices. Its other way, the "zero sink", is the
+softmax with one more in the denominator: `headway.use(model, ZeroSink())` while training and after it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from headway.door.call import AttentionCall
+from headway.door.stages import Editor
 from headway.errors import HostError
+
+
+class ZeroSink(Editor):
+    """w_ij = exp(s_ij) / (1 + Σ_j exp(s_ij)): as if every row saw one more key, with logit 0 and value 0. A host with
+    learned sinks has its own denominator and is refused."""
+
+    def edit_call(self, call: AttentionCall) -> AttentionCall:
+        if call.sinks is not None:
+            raise HostError(
+                f"{call.site.name}: got a host with learned sinks, expected one without. Leave ZeroSink out."
+            )
+        return call.replace(sinks=call.query.new_zeros(call.heads))
 
 
 def add_sink_token(model: Any, *, seed: int = 0) -> int:

@@ -15,7 +15,8 @@ LEAST_SLACK = 64
 
 
 class StreamingLayer(PolicyLayer):
-    """Buffer slots: [free | place for the sinks | window | room]. `first` is the column of each row's first token."""
+    """Buffer slots: [free | place for the sinks | window | room]. `first` is the column of each row's first token;
+    `turned` counts the keys of one sequence and head that were rotated so far."""
 
     def __init__(self, sinks: int, reach: int, frequencies: Tensor | None, layout: Layout) -> None:
         super().__init__()
@@ -30,6 +31,7 @@ class StreamingLayer(PolicyLayer):
         self._value: Tensor | None = None
         self.start = self.end = self.sinks
         self.oldest = 0
+        self.turned = 0
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:
@@ -68,7 +70,7 @@ class StreamingLayer(PolicyLayer):
             return
         least = self.sinks + held + new
         usual = self.sinks + self.reach + 1 + max(int(self.reach * SLACK), LEAST_SLACK)
-        size = max(least, usual)
+        size = max(least, min(usual, least + max(least // 2, LEAST_SLACK)))
         buffers = []
         for old, like in ((self._key, key), (self._value, value)):
             fits = old is not None and old.shape[2] >= size
@@ -124,6 +126,7 @@ class StreamingLayer(PolicyLayer):
             if self.frequencies is not None and bool(shift.any()):
                 by = shift.to(key.device).expand(key.shape[0])[:, None].expand(-1, self.sinks)
                 key = rotate(key, by, self.frequencies, self.layout)
+                self.turned += self.sinks
             self._key[:, :, front : self.start] = key
             self._value[:, :, front : self.start] = self.sink_store.value
         return self._key[:, :, front : self.end], self._value[:, :, front : self.end]
@@ -154,6 +157,7 @@ class StreamingLayer(PolicyLayer):
             return
         window = self._key[:, :, self.start : self.end]
         by = torch.full((self.window_length,), -positions, device=window.device)
+        self.turned += self.window_length
         self._key[:, :, self.start : self.end] = rotate(window, by, self.frequencies, self.layout)
 
     def held(self) -> Int[Tensor, "batch tokens"]:

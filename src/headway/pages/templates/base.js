@@ -73,11 +73,6 @@ function shown(text, longest = 40) {
   return letters.length > longest ? `${letters.slice(0, longest).join("")}…` : clear;
 }
 
-// A list's entry for a token: its position, then the token, which may be cut.
-const tokenAt = (position) => [`${number(position)} `, tokenChip(position)];
-
-const tokenChip = (position) => el("code", { class: "token", dir: "auto" }, shown(DATA.tokens[position] ?? "?"));
-
 // Free text inside a sentence of the page.
 const prose = (text) => (text === "" ? "" : visible(String(text)));
 
@@ -86,13 +81,6 @@ function bytes(text) {
   const out = new Uint8Array(raw.length);
   for (let i = 0; i < raw.length; i++) out[i] = raw.charCodeAt(i);
   return out;
-}
-
-// The numbers that report.pack_log packed, as one flat array.
-function unpackLog(packed) {
-  const codes = new Uint16Array(bytes(packed.codes).buffer);
-  const step = Math.log(packed.high / packed.low) / 65533;
-  return Float64Array.from(codes, (code) => (code < 2 ? (code === 1 ? 0 : NaN) : packed.low * Math.exp((code - 2) * step)));
 }
 
 // One tip for the whole page. `lines` are strings or nodes; the first is the heading.
@@ -110,18 +98,6 @@ function showTip(event, lines) {
 const hideTip = () => { byId("tip").hidden = true; };
 addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 addEventListener("scroll", hideTip, { passive: true });
-
-// The chosen head, and who wants to know. A head is chosen in the grids, in lists and in the inspector.
-const chosen = { layer: 0, head: 0, listeners: [] };
-
-function choose(layer, head) {
-  chosen.layer = layer;
-  chosen.head = head;
-  for (const listener of chosen.listeners) listener(layer, head);
-}
-
-const headName = (layer, head) => `Layer ${layer}, head ${head}`;
-const wordsOf = (layer, head) => DATA.labels.map((item) => item.values[layer]?.[head]).filter(Boolean);
 
 // A table; a column of numbers stands to the right.
 function table(headings, rows, caption) {

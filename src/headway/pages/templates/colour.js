@@ -44,3 +44,5 @@ const palette = (ramp) => Array.from({ length: 256 }, (_, i) => colourAt(ramp, i
 const plotlyScale = (ramp) => ramp.map((colour, i) => [i / (ramp.length - 1), colour]);
 
 const gradient = (ramp) => `linear-gradient(to right, ${ramp.join(",")})`;
+
+const bandColour = (hex, share) => `rgba(${channels(hex).join(",")},${share})`;

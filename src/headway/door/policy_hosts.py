@@ -1,0 +1,41 @@
+"""Which hosts a cache policy can serve: decoders whose every layer files its own keys and values once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from headway.door.call import AttentionCall
+from headway.errors import HostError
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a host's language model."""
+    config: Any = model.config
+    return getattr(config, "text_config", None) or config
+
+
+def require_plain_decoder(model: nn.Module) -> None:
+    """Raises HostError for a host whose cache is more than one list of keys and values per layer: encoder-decoders,
+    layers that share their keys, layers with a recurrent state."""
+    config, name = text_config(model), type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise HostError(f"{name}: got an encoder-decoder, expected a decoder: it keeps a second cache, of its encoder.")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise HostError(f"{name}: got layers that share keys and values, expected each layer to have its own.")
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or []}
+    others = sorted(kind for kind in kinds if "attention" not in kind or "linear" in kind)
+    if others:
+        raise HostError(f"{name}: got layers of type {', '.join(others)}, expected attention in every layer.")
+
+
+def require_plain_positions(call: AttentionCall) -> None:
+    """Raises HostError for a call whose logits depend on more than query, key and how far a layer sees."""
+    if call.bias is not None:
+        raise HostError(
+            f"{call.site.name}: got a position bias (ALiBi or relative), expected positions that are part of the keys, "
+            "such as rotary ones."
+        )
+    if call.site.reach == "chunked":
+        raise HostError(f"{call.site.name}: got a layer that reads in chunks, expected one that reads all or a window.")

@@ -1,0 +1,35 @@
+"""Every method at one budget: the stages that read, store or keep about a share of a context's keys.
+
+A method's module (the one with its `CARD`) offers `at_budget(share, *, tokens, model) -> stages`; share 1 is dense.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import nn
+
+from headway.card import homes
+from headway.door.stages import Stage
+from headway.errors import ArgumentError, unknown
+
+
+def budgeted() -> dict[str, ModuleType]:
+    """The modules of the methods that have a budget, by slug."""
+    return {slug: module for slug, module in homes().items() if hasattr(module, "at_budget")}
+
+
+def stages_at_budget(slug: str, share: float, *, tokens: int, model: nn.Module) -> tuple[Stage, ...]:
+    """The stages of a method for a share in (0, 1] of the keys of a context of `tokens`. "dense" has none.
+
+    Raises ArgumentError for an unknown method, one without a budget, or numbers out of range."""
+    if not 0 < share <= 1:
+        raise ArgumentError(f"budget: got {share}, expected a share in (0, 1]; 1 is dense.")
+    if tokens < 1:
+        raise ArgumentError(f"tokens: got {tokens}, expected at least 1.")
+    if slug == "dense":
+        return ()
+    modules = budgeted()
+    if slug not in modules:
+        raise unknown("method", slug, ("dense", *modules), fix="`headway papers` says what each is for.")
+    return tuple(modules[slug].at_budget(share, tokens=tokens, model=model))

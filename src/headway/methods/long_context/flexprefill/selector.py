@@ -1,0 +1,195 @@
+"""The stage: FlexPrefill's blocks for a call of a host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from headway.door.call import AttentionCall, Site
+from headway.door.selection import BlockMask, Blocks, Dense, Selection
+from headway.door.stages import Selector
+from headway.errors import ArgumentError, unknown
+from headway.methods.long_context.flexprefill.levels import (
+    block_levels,
+    filled,
+    gamma_for_density,
+    map_levels,
+    marginal_levels,
+)
+from headway.methods.long_context.flexprefill.probe import pooled_map, probe_call
+
+CHOICES = {
+    "selection": ("global", "row"),
+    "stop": ("separate", "union"),
+    "count": ("blocks", "tokens"),
+    "chunks": ("raise", "dense"),
+}
+#: Fewest blocks along a side at which a share of them can be met to within a few per cent.
+BUDGET_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class FlexSelection:
+    """What was selected for one call: the mask, which heads were query-aware, their divergences D, and the γ that was
+    used (one per sequence; it varies when a density was asked for)."""
+
+    mask: BlockMask
+    query_aware: Bool[Tensor, "batch heads"]
+    divergence: Float[Tensor, "batch heads"]
+    gamma: Float[Tensor, " batch"]
+    layer: int = -1
+
+    @property
+    def density(self) -> float:
+        """Selected over visible pairs of the causal triangle."""
+        return self.mask.density()
+
+    def head_density(self) -> Float[Tensor, "batch heads"]:
+        """The same for every head, to see where the blocks went."""
+        pairs = self.mask.pairs().to(self.mask.blocks.device)
+        return (self.mask.blocks * pairs).sum((-1, -2)) / pairs.sum()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlexPrefill(Selector):
+    """`headway.use(model, FlexPrefill(gamma=0.9))`.
+
+    gamma: share of mass to cover, 1 is dense. density: in place of gamma, the share of the causal triangle to read;
+    each call then gets the γ that reads it, with more blocks for heads that need more. tau: 0 makes all heads
+    vertical-slash, above 0.8326 all query-aware. min_budget: least tokens a row reads (None: one block). max_budget:
+    most tokens in columns, in diagonals and in a row of the pooled map (None: no limit). Budgets are rounded up to
+    blocks. block: 16, 32, 64, 128 … tokens. selection, stop, count: see the package. chunks: what to do when the prompt
+    does not come in one forward, "raise" or "dense". approximates: whether to run dense where that is as fast. record:
+    a list that receives a `FlexSelection` per call."""
+
+    gamma: float = 0.9
+    density: float | None = None
+    tau: float = 0.1
+    min_budget: int | None = 1024
+    max_budget: int | None = None
+    block: int = 128
+    selection: str = "global"
+    stop: str = "separate"
+    count: str = "blocks"
+    chunks: str = "raise"
+    approximates: bool = True
+    record: list[FlexSelection] | None = field(default=None, repr=False)
+
+    phases = frozenset({"prefill"})
+    looks_ahead = "the probe is the last block of queries"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ArgumentError(f"gamma: got {self.gamma}, expected a share in (0, 1]. 1 is dense.")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ArgumentError(f"density: got {self.density}, expected a share in (0, 1], or None to use gamma.")
+        if not self.tau >= 0:
+            raise ArgumentError(f"tau: got {self.tau}, expected at least 0. 0 switches the query-aware pattern off.")
+        if self.block < 1 or self.block & (self.block - 1):
+            raise ArgumentError(f"block: got {self.block}, expected a power of two such as 64 or 128.")
+        for name in ("min_budget", "max_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name}: got {value}, expected at least 1 token, or None.")
+        if self.min_budget and self.max_budget and self.min_budget > self.max_budget:
+            raise ArgumentError(
+                f"min_budget, max_budget: got {self.min_budget} and {self.max_budget}, expected the first to be no "
+                "more than the second."
+            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+
+    @property
+    def min_blocks(self) -> int:
+        return -(-(self.min_budget or 1) // self.block)
+
+    @property
+    def dense_up_to(self) -> int:
+        """Prompt length up to which attention is dense."""
+        return max(2, self.min_blocks) * self.block
+
+    def acts_at(self, site: Site) -> bool:
+        return site.kind == "self"
+
+    def select(self, call: AttentionCall) -> Selection:
+        if call.queries == 1 or (self.density or self.gamma) >= 1:
+            return Dense()
+        if call.queries != call.keys:
+            if self.chunks == "dense":
+                return Dense()
+            raise ArgumentError(
+                f"FlexPrefill at {call.site.name}: got {call.queries} queries on {call.keys} keys, expected the whole "
+                "prompt in one forward. Prefill in one piece, or pass chunks='dense'."
+            )
+        # An encoder sees both ways, and a sliding layer is sparse already: both stay the host's own.
+        if not call.causal or (call.site.window or call.keys) < call.keys or call.queries <= self.dense_up_to:
+            return Dense()
+        if call.bias is not None:
+            raise ArgumentError(
+                f"FlexPrefill at {call.site.name}: got a host that adds a position bias to its logits, expected one "
+                "without. The pooled probe cannot see it; choose a host with rotary or learned positions."
+            )
+        found = self.blocks_of(call)
+        if self.record is not None:
+            self.record.append(found)
+        return Blocks(found.mask)
+
+    def blocks_of(self, call: AttentionCall) -> FlexSelection:
+        """The blocks for one causal call, whatever its length."""
+        probe = probe_call(call, self.block)
+        count = -(-call.keys // self.block)
+        most = count if self.max_budget is None else min(-(-self.max_budget // self.block), count)
+        least = min(self.min_blocks, most)
+        divergence = probe.divergence
+        aware = divergence < self.tau
+        pooled = None
+        if bool(aware.any()):
+            pooled = map_levels(pooled_map(call, self.block), selection=self.selection, most=most)
+        columns, diagonals = marginal_levels(probe, least=least, most=most, stop=self.stop, count=self.count)
+        levels = block_levels(columns, diagonals, pooled, aware, probe.tokens)
+        gamma = torch.full(levels.shape[:1], self.gamma, device=levels.device)
+        if self.density is not None:
+            gamma = gamma_for_density(levels, probe.pairs(), self.density).to(levels.dtype)
+        blocks = filled(levels < gamma[:, None, None, None], least)
+        mask = BlockMask(blocks, call.queries, call.keys, self.block, self.block)
+        return FlexSelection(mask, aware, divergence, gamma, call.site.layer)
+
+
+def select_blocks(
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> FlexSelection:
+    """FlexPrefill's blocks for queries and keys without a host; `options` are the fields of `FlexPrefill`.
+
+    The mask runs by `kernels.block_sparse.block_sparse_attention`, which also returns the log-sum-exp."""
+    if query.shape[2] != key.shape[2]:
+        raise ArgumentError(
+            f"query, key: got {query.shape[2]} and {key.shape[2]} tokens, expected the whole prompt on both sides."
+        )
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    call = AttentionCall.from_tensors(query, key, key, causal=True, scale=scale, softcap=softcap)
+    return FlexPrefill(**options).blocks_of(call)
+
+
+def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[FlexPrefill]:
+    """FlexPrefill that reads `share` of the causal triangle of a `tokens`-long prompt; decoding stays dense.
+
+    The block shrinks from 128 to 16 tokens for short prompts, so that a share can be met; the sink and diagonal blocks,
+    about 4 / blocks of the triangle, are read at any share. The budget holds also where dense would be as fast."""
+    if not 0 < share <= 1:
+        raise ArgumentError(f"share: got {share}, expected a share of the keys in (0, 1].")
+    if tokens < 1:
+        raise ArgumentError(f"tokens: got {tokens}, expected at least 1.")
+    block = 128
+    while block > 16 and tokens < BUDGET_BLOCKS * block:
+        block //= 2
+    return (FlexPrefill(density=share, block=block, min_budget=None, approximates=False),)

@@ -1,0 +1,236 @@
+"""The stage: calibrates chosen heads while a host runs, in prefill, in chunks and in cached decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headway.door.call import AttentionCall, Site
+from headway.door.capture import check_head_indices
+from headway.door.row_memory import remembered
+from headway.door.stages import Editor
+from headway.errors import ArgumentError, ConflictError, unknown
+from headway.kernels.dense import DEFAULT_BLOCK
+from headway.methods.sinks.act.calibration import BETA, check_beta, redistribute
+from headway.methods.sinks.act.detection import (
+    ALPHA,
+    LEAST_ROWS,
+    TAU,
+    check_threshold,
+    find_sinks,
+    first_seen,
+    received_mass,
+    without_first_flagged,
+)
+
+Head = tuple[int, int]
+SCOPES = ("prompt", "causal")
+INITIAL = ("first_token", "first_flagged", "none")
+#: Key positions counted from a row's first token, or a mask (batch, tokens) over all columns.
+Places = Sequence[int] | Bool[Tensor, "#batch tokens"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ACT(Editor):
+    """Attention calibration: `headway.use(model, ACT(heads=[(5, 3), (9, 0)]))`.
+
+    heads: the (layer, query head) pairs to calibrate. beta: factor on sinks in [0, 1]; 1 leaves attention as it is.
+    threshold, tau, alpha, least_rows: what counts as a sink, see `find_sinks`. scope: "prompt" takes the sinks of a
+    prompt from all its rows, which looks ahead inside the prompt (the paper's); "causal" lets row i use rows up to i,
+    so that prefill equals decoding token by token. initial: the sink that is spared: "first_token", "first_flagged"
+    (the released rule) or "none". protect: keys that are never scaled down. candidates: the only keys that may be.
+
+    In the prompt scope a prompt's sinks stay while tokens are generated, and new keys join by their running mean; a
+    prompt read in chunks takes the sinks of each chunk from the rows so far. Weights are read as q and k give them.
+    Raises ArgumentError for numbers that cannot be and for heads that the host does not have."""
+
+    heads: Sequence[Head]
+    beta: float = BETA
+    threshold: str = "absolute"
+    tau: float = TAU
+    alpha: float = ALPHA
+    least_rows: int = LEAST_ROWS
+    scope: str = "prompt"
+    initial: str = "first_token"
+    protect: Places = ()
+    candidates: Places | None = None
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_threshold(self.threshold, self.tau, self.alpha)
+        if self.scope not in SCOPES:
+            raise unknown("scope", self.scope, SCOPES)
+        if self.initial not in INITIAL:
+            raise unknown("initial", self.initial, INITIAL)
+        if self.least_rows < 1:
+            raise ArgumentError(f"least_rows: got {self.least_rows}, expected at least 1.")
+        heads = tuple(sorted({(int(layer), int(head)) for layer, head in self.heads}))
+        object.__setattr__(self, "heads", heads)
+
+    @property
+    def strength(self) -> float:
+        """1 − β: 0 leaves attention as it is, 1 masks the sinks out."""
+        return 1 - self.beta
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ACT:
+        """Itself: a copied cache keeps what this stage learned."""
+        return self
+
+    def acts_at(self, site: Site) -> bool:
+        return site.kind != "cross" and self.beta < 1 and bool(self.heads_at(site))
+
+    def heads_at(self, site: Site) -> list[int]:
+        return [head for layer, head in self.heads if layer == site.layer]
+
+    def prepare(self, sites: Sequence[Site]) -> None:
+        known = {site.layer: site for site in sites if site.kind != "cross"}
+        for layer, head in self.heads:
+            if sites and layer not in known:
+                raise unknown("layer", layer, sorted(known))
+            if sites:
+                check_head_indices([head], known[layer])
+
+    def edit_weights(
+        self,
+        call: AttentionCall,
+        weights: Float[Tensor, "batch heads rows keys"],
+        rows: Int[Tensor, " rows"],
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        at = self._places(call)
+        tally = _Tally(self, call, at)
+        own = weights[:, at]
+        with torch.no_grad():
+            sinks = tally.of_prompt(rows) if self.scope == "prompt" else tally.causal(own, rows)
+        return weights.index_copy(1, torch.tensor(at, device=weights.device), redistribute(own, sinks, beta=self.beta))
+
+    def _places(self, call: AttentionCall) -> list[int]:
+        """Where this stage's heads stand among the heads of the call."""
+        heads = self.heads_at(call.site)
+        if call.of_heads is None:
+            return heads
+        order = call.of_heads.tolist()
+        return [order.index(head) for head in heads]
+
+    def allowed(self, first: Int[Tensor, "batch heads"], keys: int) -> Bool[Tensor, "batch heads keys"]:
+        """Columns 0 … keys − 1 that may be scaled down, given the first token of each row."""
+        column = torch.arange(keys, device=first.device) - first[..., None]
+        free = torch.ones_like(column, dtype=torch.bool)
+        if self.initial == "first_token":
+            free = column != 0
+        if self.candidates is not None:
+            free = free & _marked(self.candidates, column, "candidates")
+        return free & ~_marked(self.protect, column, "protect")
+
+
+class _Tally:
+    """What each key of a request has received so far at one site, and the sinks that follow from it.
+
+    The values live with the request: `mass` and `count` (batch, heads, columns) over absolute columns, and in the
+    prompt scope `fixed`, the sinks of the prompt."""
+
+    def __init__(self, act: ACT, call: AttentionCall, at: list[int]) -> None:
+        self.act, self.call, self.at = act, call, at
+        owner = (act, call.site.name)
+        self.kept: dict[str, Any] = remembered(call.forward, owner)
+        self.stop = call.first_key + call.keys
+        self.start = call.first_key + call.offset
+        fresh = ("this forward", *owner) not in call.forward.scratch
+        self.flags: dict[str, Tensor] = call.forward.scratch.setdefault(("this forward", *owner), {})
+        if fresh:
+            self._begin()
+
+    def _begin(self) -> None:
+        if "mass" not in self.kept:
+            if self.start > 0 and self.call.forward.cache is not None:
+                raise ConflictError(
+                    f"ACT at {self.call.site.name}: got a cache with {self.start} tokens that ACT has not seen, "
+                    "expected the statistics of the prompt. Start the request inside the scope."
+                )
+            self._grow(torch.zeros(self.call.query.shape[0], len(self.at), 0, device=self.call.query.device))
+            return
+        self._grow(self.kept["mass"])
+
+    def _grow(self, like: Tensor) -> None:
+        """Room for the columns of this call."""
+        for name in ("mass", "count"):
+            old = self.kept.get(name, like)
+            self.kept[name] = torch.nn.functional.pad(old, (0, max(self.stop - old.shape[-1], 0)))
+
+    def of_prompt(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "batch heads 1 keys"]:
+        """One set of sinks for all rows of this forward."""
+        if "sinks" not in self.flags:
+            self._add_all()
+            found = self._sinks(self.kept["mass"], self.kept["count"])
+            if self.call.queries == 1 and "fixed" in self.kept:
+                fixed = self.kept["fixed"]
+                found[..., : fixed.shape[-1]] = fixed
+            else:
+                self.kept["fixed"] = found
+            self.flags["sinks"] = found[..., self.call.first_key : self.stop][:, :, None]
+        return self.flags["sinks"]
+
+    def causal(
+        self, weights: Float[Tensor, "batch heads rows keys"], rows: Int[Tensor, " rows"]
+    ) -> Bool[Tensor, "batch heads rows keys"]:
+        """The sinks of each row from the rows up to it."""
+        seen = self._seen(rows).to(weights.dtype)
+        columns = slice(self.call.first_key, self.stop)
+        before = self.kept["mass"], self.kept["count"]
+        mass, count = (old[:, :, None].expand(-1, -1, rows.numel(), -1).clone() for old in before)
+        mass[..., columns] += (weights.float() * (seen > 0)).cumsum(2)
+        count[..., columns] += seen.cumsum(2)
+        self.kept["mass"], self.kept["count"] = mass[:, :, -1].clone(), count[:, :, -1].clone()
+        return self._sinks(mass, count)[..., columns]
+
+    def _add_all(self) -> None:
+        """Adds what the rows of this forward give, block by block."""
+        columns = slice(self.call.first_key, self.stop)
+        mass, count = self.kept["mass"].clone(), self.kept["count"].clone()
+        for start in range(0, self.call.queries, DEFAULT_BLOCK):
+            rows = torch.arange(start, min(start + DEFAULT_BLOCK, self.call.queries), device=mass.device)
+            given, seen = received_mass(self.call.weights(rows)[:, self.at], self._seen(rows), self._real(rows))
+            mass[..., columns] += given
+            count[..., columns] += seen
+        self.kept["mass"], self.kept["count"] = mass, count
+
+    def _seen(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "batch heads rows keys"]:
+        """Which keys the rows of this stage's heads can see; nothing for rows of padding."""
+        seen = self.call.visible(rows)
+        seen = seen[:, self.at] if seen.shape[1] > 1 else seen.expand(-1, len(self.at), -1, -1)
+        seen = seen.expand(self.call.query.shape[0], -1, -1, -1)
+        real = self._real(rows)
+        return seen if real is None else seen & real[:, None, :, None]
+
+    def _real(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "batch rows"] | None:
+        padded = self.call.padded_rows()
+        return None if padded is None else ~padded[:, rows].to(rows.device)
+
+    def _sinks(self, mass: Tensor, count: Tensor) -> Tensor:
+        """Sinks over all columns; `mass` and `count` are (batch, heads, keys) or (batch, heads, rows, keys)."""
+        act = self.act
+        whole = count if count.ndim == 3 else count[:, :, -1]
+        allowed = act.allowed(first_seen(whole), count.shape[-1])
+        found = find_sinks(
+            mass, count, threshold=act.threshold, tau=act.tau, alpha=act.alpha, least_rows=act.least_rows,
+            allowed=allowed if count.ndim == 3 else allowed[:, :, None],
+        )  # fmt: skip
+        return without_first_flagged(found) if act.initial == "first_flagged" else found
+
+
+def _marked(places: Places, column: Int[Tensor, "batch heads keys"], name: str) -> Bool[Tensor, "batch heads keys"]:
+    """Which columns are named, by their position from the first token or by a mask over columns."""
+    if isinstance(places, Tensor):
+        if places.ndim != 2 or places.dtype != torch.bool or places.shape[0] not in (1, column.shape[0]):
+            raise ArgumentError(
+                f"{name}: got {places.dtype} of shape {tuple(places.shape)}, expected positions or a bool mask (batch, "
+                f"tokens) for {column.shape[0]} sequences."
+            )
+        extra = column.shape[-1] - places.shape[1]
+        mask = torch.nn.functional.pad(places.to(column.device), (0, max(extra, 0)))[:, : column.shape[-1]]
+        return mask[:, None].expand_as(column)
+    return torch.isin(column, torch.tensor(list(places), dtype=torch.long, device=column.device))

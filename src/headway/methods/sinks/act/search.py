@@ -1,0 +1,106 @@
+"""The search for heads that profit: one head at a time on calibration items, judged on items that it never saw.
+
+    H* = { (l, h) : mean gain over tasks > 0  and  gain ≥ 0 on at least half of the tasks } ,
+    gain = score with that head alone calibrated − score without
+
+The released code scores every head and ships lists of heads, but not the rule between the two; this one is ours. The
+best of hundreds of heads on few items is partly luck, so a result is reported on the held-out part alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from headway.errors import ArgumentError
+from headway.methods.sinks.act.editor import ACT
+
+log = logging.getLogger(__name__)
+
+Head = tuple[int, int]
+Scores = Mapping[str, Float[np.ndarray, " items"]]
+#: Scores of all calibration items by task, with a stage attached or (None) without.
+Score = Callable[[ACT | None], Scores]
+#: Seed and items per task of the released scripts.
+SEED, ITEMS_PER_TASK = 42, 900
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSearch:
+    """What a search found: gains by head and task, and the selected heads, best first."""
+
+    baseline: Mapping[str, float]
+    gains: Mapping[Head, Mapping[str, float]]
+    selected: tuple[Head, ...]
+
+    def mean_gain(self, head: Head) -> float:
+        return float(np.mean(list(self.gains[head].values())))
+
+    def ranking(self) -> list[Head]:
+        """Every tried head, the largest mean gain first; equal ones by layer and head."""
+        return sorted(self.gains, key=lambda head: (-self.mean_gain(head), head))
+
+
+def search_heads(
+    score: Score,
+    heads: Sequence[Head],
+    *,
+    top_k: int | None = None,
+    track: Callable[[Iterable[Head]], Iterable[Head]] | None = None,
+    **settings: Any,
+) -> HeadSearch:
+    """Scores every head alone and selects by the rule above, at most the best `top_k`.
+
+    `score(stage)` returns the scores of the calibration items by task, each between 0 and 1 (right or wrong, or the
+    probability of the right answer); `settings` are those of `ACT`. `track` may show a bar. Raises ArgumentError for no
+    heads, repeated ones, or a `top_k` below 1."""
+    tried = [(int(layer), int(head)) for layer, head in heads]
+    if not tried or len(set(tried)) != len(tried):
+        raise ArgumentError(f"heads: got {len(tried)} with {len(set(tried))} different ones, expected each once.")
+    if top_k is not None and top_k < 1:
+        raise ArgumentError(f"top_k: got {top_k}, expected at least 1, or None for all that profit.")
+    baseline = score(None)
+    if not baseline or not all(len(values) for values in baseline.values()):
+        raise ArgumentError(f"score: got the tasks {list(baseline)}, expected at least one with items.")
+    gains: dict[Head, dict[str, float]] = {}
+    for head in tried if track is None else track(tried):
+        scores = score(ACT(heads=[head], **settings))
+        gains[head] = {task: float(np.mean(scores[task]) - np.mean(baseline[task])) for task in baseline}
+    found = HeadSearch(
+        baseline={task: float(np.mean(values)) for task, values in baseline.items()}, gains=gains, selected=()
+    )
+    chosen = [head for head in found.ranking() if profits(gains[head])][:top_k]
+    return HeadSearch(baseline=found.baseline, gains=gains, selected=tuple(chosen))
+
+
+def profits(gains: Mapping[str, float]) -> bool:
+    """The rule: a gain on average, and no loss on at least half of the tasks."""
+    values = list(gains.values())
+    return float(np.mean(values)) > 0 and sum(value >= 0 for value in values) >= len(values) / 2
+
+
+def split_items(count: int, *, share: float = 0.5, seed: int = SEED) -> tuple[list[int], list[int]]:
+    """Item numbers for the search and for the report, disjoint, in random order; `share` goes to the search."""
+    if count < 2 or not 0 < share < 1:
+        raise ArgumentError(f"count, share: got {count}, {share}; expected at least 2 items and a share in (0, 1).")
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    at = min(max(round(count * share), 1), count - 1)
+    return order[:at], order[at:]
+
+
+def warn_if_same(calibration: Iterable[Any], evaluation: Iterable[Any]) -> int:
+    """How many evaluation items were calibrated on; a warning when there are any."""
+    seen = set(calibration)
+    shared = sum(item in seen for item in evaluation)
+    if shared:
+        log.warning(
+            "ACT: %d evaluation items were used in the head search; the best of many heads fits the items it was "
+            "chosen on. Report on a held-out part.",
+            shared,
+        )
+    return shared

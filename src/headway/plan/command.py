@@ -1,0 +1,187 @@
+"""The command `headway plan`: its arguments, its tables, its JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from headway.errors import ArgumentError
+from headway.plan.check import Check, check
+from headway.plan.planning import Plan, Row, parse_tokens, plan
+from headway.plan.shape import config_from_sizes
+
+#: Length of a check, and of a plan, when none is given.
+CHECK_TOKENS = 1024
+PLAN_TOKENS = 131_072
+
+
+def run(
+    model: str | None,
+    *,
+    tokens: str | None,
+    methods: str,
+    budgets: str,
+    hardware: str,
+    devices: int | None,
+    dtype: str | None,
+    batch: int,
+    sizes: dict[str, int | None],
+    measure: bool,
+    as_json: bool,
+) -> None:
+    """Plans, or with `measure` checks the plan on this machine, and prints."""
+    chosen = _pairs(methods, budgets)
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if model is not None and given:
+        raise ArgumentError(
+            f"model: got {model!r} and {_flag(next(iter(given)))}, expected a name or sizes. Leave one of them out."
+        )
+    if measure:
+        if given or batch != 1 or devices is not None:
+            raise ArgumentError(
+                "--check: got sizes, --batch or --devices, expected a model that can be run here, such as smollm2."
+            )
+        found = _check(model or "smollm2", tokens, chosen, dtype or "float32")
+        _print(found.to_dict(), check_table(found), as_json)
+        return
+    config: Any = config_from_sizes(**sizes) if given else (model or "llama-3.1-70b")
+    planned = plan(
+        config,
+        tokens=PLAN_TOKENS if tokens is None else tokens,
+        methods=chosen,
+        machine=hardware,
+        devices=devices,
+        dtype=dtype or "bfloat16",
+        batch=batch,
+    )
+    _print(planned.to_dict(), plan_table(planned), as_json)
+
+
+def plan_table(planned: Plan) -> Table:
+    """A row per method; ratios are to dense attention."""
+    shape = planned.shape
+    table = Table(
+        title=f"{shape.name}: {planned.tokens:,} tokens, batch {planned.batch}, {planned.dtype}, "
+        f"{planned.devices} × {planned.machine.what}",
+        caption="\n".join([_legend(planned), *planned.warnings, *_notes(planned.rows)]),
+        caption_justify="left",
+    )
+    for name in ("method", "KV cache", "devices", "prompt", "limit", "step", "limit"):
+        table.add_column(name, justify="left" if name in ("method", "limit") else "right", no_wrap=name == "method")
+    first = planned.rows[0]
+    for row in planned.rows:
+        table.add_row(
+            _title(row.method, row.budget),
+            size(row.kv_bytes) + ("" if row.exact else " ≈") + _times(first.kv_bytes, row.kv_bytes, row is first),
+            "" if row.devices_needed is None else str(row.devices_needed),
+            duration(row.prompt.seconds) + _times(first.prompt.seconds, row.prompt.seconds, row is first),
+            row.prompt.bound.replace(", ", "\n"),
+            duration(row.step.seconds) + _times(first.step.seconds, row.step.seconds, row is first),
+            row.step.bound.replace(", ", "\n"),
+        )
+    return table
+
+
+def check_table(found: Check) -> Table:
+    """A row per method and phase."""
+    machine = found.machine
+    rate = machine.attention_flops or machine.flops
+    table = Table(
+        title=f"Predicted and measured here, {found.tokens:,} tokens",
+        caption=f"Measured in this run: {quantity(machine.flops)}FLOP/s, {quantity(rate)}FLOP/s in attention, "
+        f"{size(machine.bandwidth)}/s, {duration(machine.overhead)} per layer beside. A ratio below 1 is time that the "
+        "model leaves out.",
+        caption_justify="left",
+    )
+    for name in ("method", "phase", "predicted", "measured", "ratio", "KV predicted", "KV held"):
+        table.add_column(name, justify="left" if name in ("method", "phase") else "right")
+    for row in found.rows:
+        table.add_row(
+            _title(row.method, row.budget),
+            row.phase,
+            duration(row.predicted),
+            duration(row.measured),
+            f"{row.ratio:.2f}",
+            size(row.predicted_bytes),
+            size(row.held_bytes),
+        )
+    return table
+
+
+def quantity(number: float) -> str:
+    """1,230,000 as "1.23 M", with a space for the unit."""
+    for scale, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g} {name}"
+    return f"{number:.3g} "
+
+
+def size(count: float) -> str:
+    return f"{quantity(count)}B"
+
+
+def duration(seconds: float) -> str:
+    for scale, name in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {name}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _check(model: str, tokens: str | None, methods: list[tuple[str, float]], dtype: str) -> Check:
+    from headway.hosts import load
+
+    length = CHECK_TOKENS if tokens is None else parse_tokens(tokens)
+    host, _ = load(model, dtype=dtype)
+    return check(host, tokens=length, methods=methods)
+
+
+def _pairs(methods: str, budgets: str) -> list[tuple[str, float]]:
+    """Every method at every budget. "dense" is always there and needs no naming."""
+    names = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
+    shares = []
+    for part in budgets.split(","):
+        try:
+            share = float(part)
+        except ValueError:
+            share = float("nan")
+        if not 0 < share <= 1:
+            raise ArgumentError(f"--budgets: got {part.strip()!r}, expected shares in (0, 1] with commas: 0.25,0.1.")
+        shares.append(share)
+    return [(name, share) for name in names if name != "dense" for share in shares]
+
+
+def _print(found: dict[str, Any], table: Table, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        Console().print(table)
+
+
+def _title(method: str, budget: float | None) -> str:
+    return method if budget is None else f"{method}\nat {100 * budget:.4g} %"
+
+
+def _times(dense: float, now: float, first: bool) -> str:
+    return "" if first or now <= 0 else f"\n({dense / now:.3g}×)"
+
+
+def _legend(planned: Plan) -> str:
+    shape = planned.shape
+    active = "" if shape.experts == 1 else f", {quantity(shape.active_weights + shape.output_weights)} active"
+    return (
+        f"{quantity(shape.parameters).strip()} parameters{active} ({size(planned.weight_bytes)}). Times are the least "
+        f"that the data sheet allows ({planned.machine.source}); real ones are longer. (n×): dense over method. "
+        "devices: what weights and cache need."
+    )
+
+
+def _notes(rows: tuple[Row, ...]) -> list[str]:
+    return list(dict.fromkeys(f"≈ {row.method}: {row.note}." for row in rows if row.note))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,126 @@
+"""`headway compare` as a command: what it writes and prints, how it fails, and that it goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from headway.cli import app
+from headway.compare import Comparison
+from headway.compare.command import parse_budgets, parse_names
+from headway.errors import ArgumentError, HeadwayError
+from tests.look.tiny import TEXT, byte_tokenizer, tiny_llama
+
+COMMAND = [sys.executable, "-m", "headway.cli", "compare"]
+QUICK = ["--tasks", "perplexity", "--repeats", "2", "--new-tokens", "2", "--methods", "window", "--budgets", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    tiny_llama(num_hidden_layers=2).save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    (place / "text.txt").write_text(" ".join([TEXT] * 4), encoding="utf-8")
+    return place
+
+
+def run(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [*COMMAND, str(folder), "--text", str(folder / "text.txt"), "--tokens", "200", *QUICK, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+
+
+def test_it_writes_the_page_and_its_numbers_and_prints_the_table(folder, tmp_path):
+    done = run(folder, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cells", "compare.html", "compare.json"]
+    found = Comparison.from_json((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert [p.label for p in found.points] == ["dense", "window at 50 %"]
+    assert "window" in done.stdout
+    assert "compare.html" in done.stdout
+    again = run(folder, "--out", str(tmp_path / "out"), "--json")
+    assert json.loads(again.stdout)["run"]["cells_reused"] == 6
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_run_goes_on_from_its_finished_cells(folder, tmp_path):
+    command = [*COMMAND, str(folder), "--text", str(folder / "text.txt"), "--tokens", "200", *QUICK, "--budgets",
+               "0.9,0.8,0.7,0.6,0.5,0.4", "--repeats", "8", "--out", str(tmp_path)]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as it:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and len(list(tmp_path.glob("cells/*.json"))) < 3 and it.poll() is None:
+            time.sleep(0.05)
+        os.killpg(it.pid, signal.SIGKILL) if it.poll() is None else None
+    kept = len(list(tmp_path.glob("cells/*.json")))
+    assert kept >= 3
+    for path in tmp_path.glob("cells/*.json"):
+        json.loads(path.read_text(encoding="utf-8"))
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=200)
+    assert json.loads(done.stdout)["run"]["cells_reused"] == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "windw"], "window"),
+        (["--methods", "a,,b"], "--methods"),
+        (["--methods", "sink-survey"], "no form at a budget"),
+        (["--tasks", "perplexty"], "perplexity"),
+        (["--budgets", "1.5"], "(0, 1]"),
+        (["--budgets", "0"], "(0, 1]"),
+        (["--budgets", "half"], "--budgets"),
+        (["--modes", "blind,deaf"], "blind"),
+        (["--save", "money"], "memory"),
+        (["--tolerance", "-1"], "tolerance"),
+        (["--text", "/no/such/file"], "no file"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line_before_the_model_is_loaded(arguments, words, tmp_path):
+    done = CliRunner().invoke(app, ["compare", "./no-such-model", *arguments, "--out", str(tmp_path)])
+    assert isinstance(done.exception, HeadwayError), done.exception
+    assert words in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("data", "words"), [(b"", "empty"), (b"caf\xe9 " * 100, "not utf-8")])
+def test_texts_that_cannot_be_read_are_refused_in_one_line(data, words, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(data)
+    done = CliRunner().invoke(app, ["compare", "./no-such-model", "--text", str(path), "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, HeadwayError)
+    assert words in str(done.exception)
+
+
+def test_a_text_that_is_too_short_gives_one_useful_line(folder, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"too short")
+    done = run(folder, "--text", str(path), "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "at least 160" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+
+
+def test_an_output_that_is_a_file_is_refused(folder, tmp_path):
+    (tmp_path / "taken").write_text("")
+    done = run(folder, "--out", str(tmp_path / "taken"))
+    assert done.returncode == 1
+    assert "folder" in done.stderr
+
+
+def test_budgets_are_shares_or_per_cent():
+    assert parse_budgets("0.5, 25%,1") == [0.5, 0.25, 1.0]
+    with pytest.raises(ArgumentError, match="--budgets"):
+        parse_budgets("0.5,x")
+
+
+def test_names_are_given_once_each():
+    assert parse_names("--methods", "a, b,a") == ["a", "b"]

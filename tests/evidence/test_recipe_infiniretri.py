@@ -1,0 +1,108 @@
+"""The InfiniRetri recipe at smoke size, its parts, and that its measurements can fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _infiniretri_measures as measures
+from headway.evidence.recipes._infiniretri_measures import hide, truncated
+from headway.evidence.recipes.infiniretri import CRITERIA
+from headway.hosts import default_text
+from headway.methods.long_context.infiniretri import Settings, split_text
+from headway.tasks.planted_retrieval import planted_host
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return prove("infiniretri", size="smoke", seed=3, out=tmp_path_factory.mktemp("runs"), show_progress=False)
+
+
+def claim(run, name):
+    return next(found for found in run.claims if found.id == name)
+
+
+def test_every_planned_claim_is_measured(smoke):
+    assert [found.id for found in smoke.claims] == list(CRITERIA)
+    assert smoke.planned
+
+
+def test_planted_needles_are_kept_where_truncation_and_chance_lose_them(smoke):
+    found = claim(smoke, "planted-flat")
+    assert found.measured.value == 1
+    assert max(found.others[name].value for name in ("random", "tail", "head")) < 1
+    assert claim(smoke, "planted-flat").verdict == "inconclusive"
+
+
+def test_passes_do_not_grow_with_the_text(smoke):
+    assert claim(smoke, "linear-cost").details["largest pass"] <= 512
+    assert claim(smoke, "linear-cost").verdict == "holds"
+
+
+def test_rows_and_spans_are_exact(smoke):
+    assert claim(smoke, "rows-exact").verdict == "holds"
+    assert claim(smoke, "provenance").measured.value == 0
+
+
+def test_every_layer_is_judged(smoke):
+    details = claim(smoke, "last-layers").details
+    assert len(details["hit rate by layer"]) == 4
+    assert 0 <= details["best layer"] < 4
+
+
+def test_few_cases_prove_nothing(smoke):
+    for name in ("needles-64k", "needles-64k-gain", "not-below-bm25", "in-window-accuracy", "two-hop"):
+        assert claim(smoke, name).verdict == "inconclusive"
+
+
+def test_the_layers_are_drawn(smoke):
+    assert (smoke.folder / "plots" / "layers.html").exists()
+
+
+def test_truncation_keeps_whole_sentences_of_one_or_both_ends():
+    sizes = [3, 4, 5, 2, 3]
+    assert truncated(sizes, 8, "head") == [0, 1]
+    assert truncated(sizes, 6, "tail") == [3, 4]
+    assert truncated(sizes, 8, "middle") == [0, 3, 4]
+    assert truncated(sizes, 99, "middle") == [0, 1, 2, 3, 4]
+    assert truncated(sizes, 2, "head") == []
+
+
+def test_hidden_needles_stand_in_the_text_once_each():
+    _, tokenizer = planted_host()
+    source = list(split_text(default_text().text[:40_000]))
+    hidden = hide(tokenizer, source, 500, 3, np.random.default_rng(0))
+    assert all(hidden.text.count(needle) == 1 for needle in hidden.needles)
+    assert all(key in hidden.question for key in hidden.keys)
+    assert not any(value in hidden.question for value in hidden.values)
+
+
+def test_a_host_that_attends_to_nothing_in_particular_loses_needles(tmp_path, monkeypatch):
+    def blind(**options):
+        model, tokenizer = planted_host(**options)
+        with torch.no_grad():
+            model.transformer.h[-1].attn.c_attn.weight[:, :256] = 0
+        return model, tokenizer
+
+    monkeypatch.setattr(measures, "planted_host", blind)
+    rows = measures.measure_planted(Context(size="smoke", seed=0, out=tmp_path))
+    assert sum(row["kept"] for row in rows) <= 3
+
+
+def test_a_narrow_window_finds_fewer_phrases(tmp_path):
+    found = measures.measure_phrases(Context(size="small", seed=0, out=tmp_path))
+    assert np.mean(found["8 8"]) > np.mean(found["8 1"]) + 0.1
+
+
+def test_the_last_layer_of_the_papers_form_is_the_default():
+    assert Settings().layer == -1
+    assert measures.PLANTED.layer == -1
+
+
+def test_the_paper_setting_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotRunnableError, match="without a GPU"):
+        load_recipe("infiniretri").check_runnable("full")
+    load_recipe("infiniretri").check_runnable("small")

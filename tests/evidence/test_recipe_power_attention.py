@@ -1,0 +1,126 @@
+"""The PowerAttention recipe at smoke size, its toy task, and that its measurements can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headway.door import AttentionCall
+from headway.errors import ArgumentError
+from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import power_attention as recipe
+from headway.evidence.recipes.power_attention import CRITERIA, TOY, Pattern, passkeys, tiny_lm
+from headway.methods.long_context.power_attention import pattern_mask, power_mask, reached
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return prove("power-attention", size="smoke", seed=3, out=tmp_path_factory.mktemp("runs"), show_progress=False)
+
+
+def claim(run, name):
+    return next(found for found in run.claims if found.id == name)
+
+
+def context(tmp_path, size="smoke") -> Context:
+    return Context(size=size, seed=0, out=tmp_path)
+
+
+def test_every_planned_claim_is_measured(smoke):
+    assert [found.id for found in smoke.claims] == list(CRITERIA)
+    assert smoke.planned
+
+
+def test_exact_claims_hold_at_any_size(smoke):
+    assert claim(smoke, "hops").verdict == "holds"
+    assert claim(smoke, "popcount").measured.value == 0
+    assert claim(smoke, "reach").verdict == "holds"
+    assert claim(smoke, "cost").verdict == "holds"
+    assert claim(smoke, "cost").baseline.value == pytest.approx(4, abs=0.1)
+
+
+def test_a_model_that_was_hardly_trained_says_nothing(smoke):
+    for name in ("recall", "fine-tuning", "text", "untrained-perplexity", "untrained-needle"):
+        assert claim(smoke, name).verdict == "inconclusive"
+
+
+def test_the_probe_is_drawn(smoke):
+    assert (smoke.folder / "plots" / "probe.html").exists()
+    layers = claim(smoke, "probe").details["by layer"]
+    assert {len(values) for values in layers.values()} == {recipe.LAYERS + 1}
+
+
+def test_a_gradient_through_another_mask_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "reached", lambda mask, layers: reached(mask, layers + 1))
+    assert recipe._gradients(context(tmp_path))["wrong"] > 0
+
+
+def test_a_mask_without_its_powers_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "power_mask", lambda n, **o: pattern_mask("window", n, degree=6))
+    found = recipe._hops(context(tmp_path))
+    assert found["wrong distances"] > 0
+    monkeypatch.undo()
+    assert recipe._hops_claim({**recipe._hops(context(tmp_path)), "hops": {"64": [6, 7]}}).measured.value == 1
+
+
+def test_far_pass_keys_are_out_of_a_windows_reach_and_within_the_masks():
+    reach_of = {
+        "window": reached(pattern_mask("window", recipe.TOKENS, degree=recipe.DEGREE), recipe.LAYERS)[-1],
+        "power": reached(power_mask(recipe.TOKENS), recipe.LAYERS)[-1],
+    }
+    far = recipe.TOKENS - 1 - torch.arange(1, recipe.TOKENS) > recipe.WINDOW_REACH
+    assert not reach_of["window"][1:][far].any()
+    assert bool(reach_of["power"].all())
+    assert int(far.sum()) > 10
+    degrees = [int(m[-1].sum()) for m in (power_mask(48), pattern_mask("window", 48, degree=recipe.DEGREE))]
+    assert degrees[0] == degrees[1]
+
+
+def test_pass_keys_stand_where_their_labels_begin():
+    batch = passkeys(torch.Generator().manual_seed(0), 50)
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        at = int((labels == -100).sum()) - 1
+        assert 1 <= at < recipe.TOKENS - 1
+        assert int(ids[at]) < recipe.VALUES
+        assert bool((labels[at + 1 :] == ids[at]).all())
+        assert int((ids < recipe.VALUES).sum()) == 1
+
+
+def test_accuracy_counts_positions_by_their_distance():
+    """A model that names value 0 everywhere is right on every text whose pass-key is 0 and wrong on others."""
+
+    class Zero(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            logits = torch.zeros(*input_ids.shape, recipe.VALUES)
+            logits[..., 0] = 1
+            return type("Output", (), {"logits": logits})
+
+    test = passkeys(torch.Generator().manual_seed(1), 400)
+    share = float((test["labels"][:, -1] == 0).double().mean())
+    found = recipe._accuracy(Zero(), None, test)
+    assert set(found) == {"near", "between", "far"}
+    assert found["near"] == pytest.approx(share, abs=0.05)
+
+
+def test_a_pattern_reads_what_its_mask_says_and_only_whole_texts():
+    query = torch.randn(1, 2, 12, 8, generator=torch.Generator().manual_seed(0))
+    call = AttentionCall.from_tensors(query, query, query, causal=True)
+    chosen = Pattern(pattern="dilated", degree=3, block=2).select(call).mask
+    assert torch.equal(chosen.blocks[0, 0], pattern_mask("dilated", 6, degree=3))
+    with pytest.raises(ArgumentError, match="got 2 on 12 keys"):
+        Pattern(pattern="window", degree=3).select(call.replace(query=query[:, :, :2]))
+
+
+def test_tiny_models_depend_on_their_seed_alone():
+    first, again, other = (tiny_lm(seed, vocabulary=9, tokens=8, layers=1) for seed in (1, 1, 2))
+    pairs = [(first, again, True), (first, other, False)]
+    for a, b, same in pairs:
+        assert torch.equal(a.lm_head.weight, b.lm_head.weight) == same
+    assert TOY.trained
+
+
+def test_the_paper_setting_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotRunnableError, match="no GPU"):
+        load_recipe("power-attention").check_runnable("full")
+    load_recipe("power-attention").check_runnable("small")
