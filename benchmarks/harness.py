@@ -172,6 +172,13 @@ def write(comparison: Comparison, settings: dict[str, Any], results: str | Path)
     return write_atomically(Path(results) / f"{comparison.name}.json", text)
 
 
+def write_facts(name: str, facts: dict[str, Any], results: str | Path = RESULTS) -> Path:
+    """Writes `<results>/<name>.json` for what is no ratio of two sides: shares, single long runs."""
+    content = {"name": name, "load": warn_if_busy(), **facts, "environment": environment()}
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return write_atomically(Path(results) / f"{name}.json", text)
+
+
 def _seconds(function: Callable[[], Any]) -> float:
     gc.collect()
     start = time.perf_counter()

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import headway
+from benchmarks import dhsa, duo, infiniretri, prefill, recycled, streaming, tappa
 from benchmarks.executor import crossover, executor, executor_flex
-from benchmarks.harness import compare
+from benchmarks.harness import compare, write_facts
 from headway.door import Observer
 
 #: What the capture benchmark reads for all heads: sinks, entropy, received mass, distances.
@@ -176,6 +177,7 @@ def sampled_rows() -> None:
     print("share of 270 heads whose 95 % interval holds the exact mean (512 of 4,096 rows, 5 seeds):")
     for name, share in hits.items():
         print(f"  {name}: {share:.3f}")
+    write_facts("sampled_rows", {"tokens": 4096, "rows": 512, "seeds": len(seeds), "share_covered": hits})
 
 
 def captured_means(model: Any, ids: torch.Tensor, rows: Any) -> dict[str, torch.Tensor]:
@@ -188,16 +190,33 @@ def capture_32768() -> None:
     """Wall time of a row-sampled capture (1,024 rows) beside the plain forward at 32,768 tokens; one run of each."""
     from headway.kernels.rows import stratified_rows
 
-    model, ids = host(8192)
+    model, ids = host(8192, dtype="bfloat16")
     ids = ids.repeat(1, 4)
     sample = stratified_rows(32768, 1024, torch.Generator().manual_seed(0))
+    seconds = {}
     for label, run in (
         ("plain", plain(model, ids)),
         ("row-sampled capture", lambda: sampled(model, ids, sample)),
     ):
         start = time.perf_counter()
         run()
-        print(f"32,768 tokens, {label}: {time.perf_counter() - start:.0f} s")
+        seconds[label] = time.perf_counter() - start
+        print(f"32,768 tokens, {label}: {seconds[label]:.0f} s")
+    write_facts("capture_32768", {"tokens": 32768, "rows": 1024, "dtype": "bfloat16", "seconds": seconds})
+
+
+def look_32768() -> None:
+    """Wall time of `headway look` on 32,768 tokens in bfloat16 (1,024 sampled rows) in a fresh process; one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "headway.cli", "look", "--tokens", "32768", "--allow-longer", "--dtype", "bfloat16",
+            "--out", folder,
+        ]  # fmt: skip
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+    print(f"headway look, 32,768 tokens: {seconds:.0f} s")
+    write_facts("look_32768", {"tokens": 32768, "rows": 1024, "dtype": "bfloat16", "seconds": seconds})
 
 
 def sampled(model: Any, ids: torch.Tensor, sample: Any) -> None:
@@ -209,7 +228,16 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
         import_headway, nothing_attached, empty_observer, capture_4096, capture_2048, output_attentions_2048,
-        sampled_rows, look_default, capture_32768, executor, executor_flex, crossover,
+        sampled_rows, look_default, look_32768, capture_32768, executor, executor_flex, crossover,
+        *prefill.PREFILL,
+        streaming.streaming_step, streaming.streaming_against_dense, streaming.streaming_rotation,
+        streaming.streaming_200k,
+        duo.duo_decode, duo.duo_prefill, duo.duo_reordered,
+        recycled.recycled_attention, recycled.recycled_steps, recycled.recycled_slope,
+        dhsa.dhsa_call_8192, dhsa.dhsa_memory_8192, dhsa.dhsa_predictor_8192, dhsa.dhsa_prefill_4096,
+        dhsa.dhsa_decode_8192,
+        infiniretri.infiniretri_rows, infiniretri.infiniretri_early_stop, infiniretri.infiniretri_linear,
+        tappa.tappa_prefill, tappa.tappa_decode, tappa.tappa_pruned,
     )
 }  # fmt: skip
 

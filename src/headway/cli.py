@@ -94,7 +94,7 @@ def compare(
     ] = "streaming-llm,flexprefill,sinks-window,random-blocks",
     budgets: Annotated[str, typer.Option(help="Shares of the keys, such as 0.5,0.25.")] = "0.5,0.25,0.125",
     tasks: Annotated[
-        str, typer.Option(help="Of perplexity, needle, recall, ruler, turns, agreement; with commas.")
+        str, typer.Option(help="Of perplexity, needle, recall, ruler, turns, choice, agreement; with commas.")
     ] = "perplexity,needle",
     tokens: Annotated[
         int | None, typer.Option(help="Length of the text and of prompts (default 1024, or what the model allows).")

@@ -353,6 +353,18 @@ def test_question_tasks_give_both_modes(task):
     assert all(point.status == "measured" for point in found.points)
 
 
+def test_multiple_choice_is_scored_in_one_forward(tmp_path):
+    from headway.hosts import default_text
+    from headway.tasks.choice import make_questions, score_choices
+
+    text = default_text()
+    found = compare(["window"], text=text, tasks=["choice"], tokens=400)
+    asked = [q for kind in ("ending", "word", "place") for q in make_questions(kind, 4, text=text.text)]
+    assert found.qualities == [("choice", "")]
+    assert found.dense.score("choice").value == pytest.approx(score_choices(HOST, TOKENIZER, asked).accuracy)
+    assert found.dense.score("choice").n == 12
+
+
 @pytest.mark.real
 def test_a_window_on_the_real_model_loses_more_the_smaller_it_is():
     model, tokenizer = headway.load("smollm2")

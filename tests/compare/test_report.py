@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from headway.compare.cells import REFUSED, Cell
-from headway.compare.report import SCRIPTS, STYLES, number, payload, render, tied
+from headway.compare.cells import REFUSED, Cell, Score
+from headway.compare.report import SCRIPTS, STYLES, more_scores, number, payload, render, tied
 from headway.compare.terminal import summarise
 from headway.pages.shell import source
 from tests.compare.made import made, made_cells, made_timing
@@ -116,3 +117,19 @@ def test_numbers_are_short_and_missing_ones_a_dash():
 
 def test_units_are_tied_to_their_numbers():
     assert tied("at 50 % for 0.5 × the time") == "at 50\u00a0% for 0.5\u00a0× the time"
+
+
+def test_scores_beside_the_first_ones_have_a_table_of_their_own():
+    cells = made_cells("a", 0.5)
+    beside = Score(
+        task="needle", name="nll of the value", mode="blind", value=0.125, low=0.1, high=0.2, n=8, primary=False,
+        higher_is_better=False,
+    )  # fmt: skip
+    cells[1] = replace(cells[1], scores=[*cells[1].scores, beside])
+    comparison = made(cells)
+    assert more_scores(comparison) == (
+        [("nll of the value", "needle, blind")],
+        [("a at 50 %", [("0.125", "0.1 to 0.2")])],
+    )
+    assert "nll of the value" in Page(render(comparison)).text
+    assert 'id="scores"' not in render(made(made_cells("a", 0.5)))

@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'he
 
 import lm_eval
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 import headway
 from headway.errors import ArgumentError
@@ -76,7 +77,9 @@ ROLLING = {
 
 
 def evaluate(lm, *tasks):
-    return lm_eval.simple_evaluate(lm, tasks=list(tasks), bootstrap_iters=0, log_samples=True)
+    # Without the harness's own tasks, whose thousands of files it would read each time.
+    own = TaskManager(include_defaults=False)
+    return lm_eval.simple_evaluate(lm, tasks=list(tasks), bootstrap_iters=0, log_samples=True, task_manager=own)
 
 
 @pytest.mark.parametrize("fields", [CHOICE, GENERATE, ROLLING], ids=["choice", "generate", "rolling"])

@@ -14,6 +14,7 @@ from headway.door.blocks import host_blocks, without_attention, without_blocks
 from headway.door.caches import PolicyCache
 from headway.door.call import AttentionCall
 from headway.errors import ArgumentError, ConflictError, HostError
+from headway.hosts.tiny import tiny_host
 from headway.methods.long_context.tappa import (
     TappaEviction,
     adjusted_influence,
@@ -75,7 +76,8 @@ class TestBudgets:
     @settings(max_examples=60, deadline=None)
     @given(wish=st.lists(st.floats(0, 2), min_size=2, max_size=12), total=st.integers(0, 400))
     def test_more_preference_never_means_fewer_keys(self, wish, total):
-        found = allocate(torch.tensor(wish), total, torch.full((len(wish),), 50)).tolist()
+        exact = torch.tensor(wish, dtype=torch.float64)
+        found = allocate(exact, total, torch.full((len(wish),), 50)).tolist()
         ranked = [b for _, b in sorted(zip(wish, found, strict=True), key=lambda pair: pair[0])]
         by_wish = {w: [b for x, b in zip(wish, found, strict=True) if x == w] for w in wish}
         assert all(max(values) - min(values) <= 1 for values in by_wish.values())
@@ -371,6 +373,15 @@ class TestPolicy:
         cache = cache_after(model, ids, small(level="head"), chunks=[38, 1, 1])
         assert {store.key.dtype for layer in cache.layers for store in layer.parts} == {torch.bfloat16}
 
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [("deepseek_v3", "stores its keys compressed"), ("jamba", "expected"), ("gemma3n_text", "share keys")],
+    )
+    def test_hosts_that_store_something_else_are_refused(self, name, why):
+        model, inputs = tiny_host(name)
+        with headway.use(model, small()), pytest.raises(HostError, match=why), torch.no_grad():
+            model(input_ids=inputs["input_ids"], use_cache=True)
+
     def test_a_share_of_the_context(self):
         model, ids = CAUSAL["llama"](), contract.tokens(1, 60)
         for share in (0.25, 0.5):
@@ -536,6 +547,8 @@ class TestLeavingOut:
     def test_hosts_that_cannot_be_cut_say_why(self):
         with pytest.raises(HostError, match="layers are of kinds"), without_attention(CAUSAL["gemma2 soft cap"](), [0]):
             pass
+        with pytest.raises(HostError, match="num_kv_shared_layers"), without_blocks(tiny_host("gemma3n_text")[0], [0]):
+            pass
         model, _ = OTHERS["t5 (position bias)"]()
-        with pytest.raises(HostError, match="lists of blocks that attend"), without_blocks(model, [0]):
+        with pytest.raises(HostError, match="lists of blocks that all attend"), without_blocks(model, [0]):
             pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -19,10 +20,12 @@ from torch import nn
 from headway.compare.cells import FAILED, LEFT_OUT, REFUSED, Cell, CellStore, cell_key, title
 from headway.compare.judge import conclude
 from headway.compare.methods import DENSE, Candidate, candidates, check_share
-from headway.compare.quality import BLOCK, MODES, TASKS, Setting, Task, UnshowableError, check_tasks
+from headway.compare.quality import TASKS, Task, check_tasks
 from headway.compare.recommend import SAVES
 from headway.compare.result import Comparison
+from headway.compare.setting import MODES, Setting, UnshowableError
 from headway.compare.speed import SPEED, Counts, check_repeats, measure_speed
+from headway.compare.texts import BLOCK
 from headway.door import use
 from headway.errors import ArgumentError, HeadwayError, unknown
 from headway.hosts import Text, default_text, positions_of, tokenize
@@ -222,8 +225,19 @@ def _depends_on(setting: Setting) -> dict[str, Any]:
         "ids": hashlib.sha256(setting.ids.numpy().tobytes()).hexdigest(),
         "chunk": setting.chunk,
         "device": str(next(setting.model.parameters()).device),
+        "code": _code(),
         **_versions(),
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of the code that measures: what is below the methods, and this package."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for room in ("door", "kernels", "tasks", "compare"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -15,9 +15,10 @@ import numpy as np
 
 from headway.compare.cells import FAILED, LEFT_OUT, MEASURED, REFUSED, Cell, Score, title
 from headway.compare.methods import Candidate, percent
-from headway.compare.quality import TASKS, bootstrap_mean
+from headway.compare.quality import TASKS
 from headway.compare.recommend import recommend, times, whole_loss
 from headway.compare.result import Comparison, Loss, Point, pareto
+from headway.compare.setting import bootstrap_mean
 from headway.compare.speed import SPEED
 
 #: Dense must reach this on a task before a drop from it says anything.

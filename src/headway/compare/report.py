@@ -45,8 +45,10 @@ def render(comparison: Comparison) -> str:
             ("table", "All points"),
             ("frontier", "Frontier"),
             ("budgets", "By budget"),
+            *([("scores", "More scores")] if more_scores(comparison)[0] else []),
             ("ran", "What ran"),
         ],
+        more=more_scores(comparison),
         headings=headings(comparison),
         rows=[row(comparison, point) for point in comparison.points],
         ran=[ran(point) for point in comparison.points],
@@ -135,6 +137,18 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "dense": point.is_dense,
         "recommended": point.label == comparison.recommendation.label,
     }
+
+
+def more_scores(comparison: Comparison) -> tuple[list[tuple[str, str]], list[tuple[str, list[tuple[str, str]]]]]:
+    """The scores that stand beside the first ones: column heads, and a row of cells for every point that has any."""
+    found = [score for point in comparison.points for score in point.scores if not score.primary]
+    columns = list(dict.fromkeys((score.name, score.label) for score in found))
+    rows = []
+    for point in comparison.points:
+        known = {(score.name, score.label): score for score in point.scores if not score.primary}
+        if known:
+            rows.append((point.label, [_score_cell(known.get(column), point) for column in columns]))
+    return columns, rows
 
 
 def ran(point: Point) -> dict[str, Any]:

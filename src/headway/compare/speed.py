@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headway.compare.cells import Cell, Timing
 from headway.compare.methods import Candidate
-from headway.compare.quality import Setting
+from headway.compare.setting import Setting
 from headway.door import Handle, use
 from headway.errors import ArgumentError
 from headway.tasks.answering import clock, ending_ids, feed, prefill

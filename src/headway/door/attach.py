@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -538,9 +539,10 @@ def _run(
 
 
 def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
-    selectors = [s for s in stages if isinstance(s, Selector)]
-    if len(selectors) > 1 and not all(getattr(s, "intersects", False) for s in selectors):
-        first, second = selectors[:2]
+    for first, second in combinations([s for s in stages if isinstance(s, Selector)], 2):
+        together = getattr(first, "intersects", False) and getattr(second, "intersects", False)
+        if together or not first.phases & second.phases:
+            continue
         raise ConflictError(
             f"methods at {site.name}: got two selectors, {first.title} and {second.title}, expected one. Give them "
             "different layers or sites, or combine their selections in one selector."

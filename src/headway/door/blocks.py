@@ -32,10 +32,18 @@ def host_blocks(model: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def without_blocks(model: nn.Module, layers: Sequence[int]) -> Iterator[nn.Module]:
-    """The model without some of its blocks. Scopes (`headway.use`) are opened inside, and count the layers anew."""
+    """The model without some of its blocks. Scopes (`headway.use`) are opened inside, and count the layers anew.
+
+    Raises HostError where blocks hang on each other by number (shared keys, an input of their own per layer)."""
     parent, name, blocks = _holder(model)
     kept = _kept(model, blocks, layers)
     config = _text_config(model)
+    for field in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
+        if getattr(config, field, 0):
+            raise HostError(
+                f"layers: got {type(model).__name__} with {field} = {getattr(config, field)}, expected blocks that do "
+                "not depend on the number of another. Use another host."
+            )
     before = _config_fields(config, len(blocks))
     numbers = _layer_numbers(blocks)
     try:
@@ -171,8 +179,8 @@ def _holder(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
             found.append((model.get_submodule(parent), name, module))
     if len(found) != 1:
         raise HostError(
-            f"model: got {type(model).__name__} with {len(found)} lists of blocks that attend, expected one. Use a "
-            "decoder or an encoder, not both."
+            f"model: got {type(model).__name__} with {len(found)} lists of blocks that all attend through the "
+            "registry, expected one. Use a decoder or an encoder without other mixers."
         )
     return found[0]
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import DynamicCache
 
 from headway.door.call import AttentionCall
 from headway.errors import HostError
+
+#: Layers of a host's own cache that hold keys and values and nothing else.
+PLAIN_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 
 
 def text_config(model: nn.Module) -> Any:
@@ -28,6 +32,13 @@ def require_plain_decoder(model: nn.Module) -> None:
     others = sorted(kind for kind in kinds if "attention" not in kind or "linear" in kind)
     if others:
         raise HostError(f"{name}: got layers of type {', '.join(others)}, expected attention in every layer.")
+    own = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    others = sorted(own - PLAIN_LAYERS)
+    if others:
+        raise HostError(
+            f"{name}: got a host whose cache has layers of its own kind ({', '.join(others)}), expected keys and "
+            "values alone."
+        )
 
 
 def require_plain_positions(call: AttentionCall) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headway.door.caches import PolicyCache
 from headway.door.call import AttentionCall
+from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
 from headway.door.rotary import host_frequencies
 from headway.door.stages import CachePolicy
 from headway.errors import ArgumentError, HostError, unknown
@@ -98,14 +99,14 @@ class TappaEviction(CachePolicy):
     def read(self, call: AttentionCall) -> Sequence[AttentionCall] | None:
         if call.site.kind != "self" or not isinstance(call.forward.cache, TappaCache):
             return None
-        if call.bias is not None or call.site.reach == "chunked":
-            what = "a position bias" if call.bias is not None else "chunked attention"
-            raise HostError(
-                f"{call.site.name}: got {what}, expected plain or sliding attention. Keys that were left out would "
-                "shift it; use a host with rotary positions."
-            )
+        require_plain_positions(call)
         cache, index = call.forward.cache, _layer_index(call)
         layer = cache.layers[index]
+        if layer.width != call.key.shape[3]:
+            raise HostError(
+                f"{call.site.name}: got keys of {call.key.shape[3]} dimensions, {layer.width} in the cache; expected "
+                "as many: multi-head latent attention stores its keys compressed."
+            )
         rows = call.query_positions
         whole = layer.seen == call.queries
         parts = None if whole else [self._part(call, layer, n, call.query, rows) for n in range(len(layer.parts))]
@@ -172,13 +173,17 @@ class TappaEviction(CachePolicy):
     def _cascade(self, call: AttentionCall, cache: TappaCache, index: int, share: Bool[Tensor, " batch"]) -> None:
         """Shares the total out over the layers so far, and lets go of what exceeds it."""
         layers = cache.layers[: index + 1]
-        names = layers[0].measures
-        measures = [torch.cat([layer.measures[name] for layer in layers], 1) for name in names]
+        stores = len(layers[0].parts)
+        if any(len(layer.parts) != stores for layer in layers):
+            raise HostError(
+                f"{call.site.name}: got layers with different numbers of KV heads, or without keys of their own, "
+                "expected as many in all. Use level='layer' where only their number differs."
+            )
+        measures = [torch.cat([layer.measures[name] for layer in layers], 1) for name in layers[0].measures]
         tau = self.tau or temperatures(cache.model_type, self.budget)
         wish = preferences(
             self.preference, *measures, alpha=self.alpha, tau=tau, normalise=self.normalise, seed=self.seed
         )
-        stores = len(layers[0].parts)
         total = (self.budget - self.window) * len(cache.layers) * stores
         caps = torch.cat([layer.past for layer in layers], 1)
         final = index == len(cache.layers) - 1
@@ -275,7 +280,8 @@ class TappaCache(PolicyCache):
     layers: list[TappaLayer]  # type: ignore[assignment]
 
     def __init__(self, policy: TappaEviction, model: nn.Module) -> None:
-        config: Any = getattr(model.config, "text_config", None) or model.config
+        require_plain_decoder(model)
+        config = text_config(model)
         self.model_type = str(getattr(config, "model_type", ""))
         count = config.num_hidden_layers
         rotary: list[tuple[Tensor | None, Layout]] = [(None, "half")] * count

@@ -40,6 +40,11 @@ class TappaLayer(PolicyLayer):
     def stores(self) -> tuple[TokenStore, ...]:
         return tuple(self.parts)
 
+    @property
+    def width(self) -> int:
+        """Dimensions of a stored key."""
+        return self.parts[0].key.shape[3]
+
     def heads_of(self, store: int) -> list[int]:
         """The KV heads of a store."""
         return [store] if self.split else list(range(self.parts[0].key.shape[1]))

@@ -1,0 +1,136 @@
+"""Methods together: one per phase, editors over selections, and conflicts that name both sides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headway
+from headway.door import HeadGate, Window
+from headway.door.stages import Selector
+from headway.errors import ConflictError
+from headway.methods.long_context.duo_attention import DuoAttention
+from headway.methods.long_context.flexprefill import FlexPrefill
+from headway.methods.long_context.power_attention import PowerAttention
+from headway.methods.sinks.act import ACT
+from headway.methods.sinks.streaming_llm import StreamingLLM
+from tests.contracts import methods as contract
+from tests.contracts.methods import TOKENS, host, read, tokens
+
+GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+GATES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+
+
+def flex(share: float = 0.3) -> FlexPrefill:
+    return FlexPrefill(density=share, block=16, min_budget=None, approximates=False)
+
+
+def duo(**changes) -> DuoAttention:
+    return DuoAttention(**({"gates": GATES, "threshold": 0.5, "sinks": 4, "recent": 20, "prefill": "dense"} | changes))
+
+
+class Decode(Selector):
+    """A window, asked in decoding only."""
+
+    phases = frozenset({"decode"})
+
+    def select(self, call):
+        return Window(2, 10)
+
+
+def paths(handle) -> list[set[str]]:
+    return [set(row["paths"]) for row in handle.report()]
+
+
+def test_a_prompt_of_blocks_and_steps_of_two_kinds_of_heads():
+    """FlexPrefill in prefill, DuoAttention in decoding: each acts where the other does not."""
+    model, ids = host("llama"), tokens()
+    with headway.use(model, flex(), duo()) as handle:
+        both = read(model, ids, contract.decodes())
+        out = model.generate(ids[:, :80], **GENERATE)
+    assert all(found == {"blocks", "policy"} for found in paths(handle))
+    assert out.shape == (1, 84)
+    with headway.use(model, flex()):
+        prompt = read(model, ids[:, :-3], [TOKENS - 3])
+    contract.close(both[:, :-3], prompt, "the prompt is FlexPrefill's alone", share=1e-5)
+    with headway.use(model, flex(1.0), duo(gates=torch.ones(2, 2))):
+        whole = read(model, ids, contract.decodes())
+    with torch.no_grad():
+        contract.close(whole, model(input_ids=ids).logits, "all of it")
+
+
+def test_act_joins_both_or_names_whom_it_cannot_join():
+    """Named heads of DuoAttention's decoding read parts of a row, where ACT has to know them."""
+    model, ids = host("llama"), tokens()
+    act = ACT(heads=[(0, 0), (0, 1), (1, 3)])
+    before = contract.snapshot(model)
+
+    def together():
+        with headway.use(model, flex(), duo(), act):
+            return read(model, ids, contract.decodes())
+
+    logits = contract.outcome(together)
+    if isinstance(logits, ConflictError):
+        assert "DuoAttention" in str(logits)
+        assert "ACT" in str(logits)
+    else:
+        with headway.use(model, flex(), duo()):
+            assert not torch.allclose(logits, read(model, ids, contract.decodes()))
+    contract.same(before, contract.snapshot(model))
+
+
+def test_act_calibrates_what_flexprefill_selected():
+    model, ids = host("llama"), tokens()
+    act = ACT(heads=[(0, 0), (1, 3)], beta=0.0)
+    logits = {}
+    for name, acting in {"flex": (flex(),), "act": (act,), "both": (flex(), act)}.items():
+        with headway.use(model, *acting):
+            logits[name] = read(model, ids, contract.decodes())
+    assert not torch.allclose(logits["both"], logits["flex"])
+    assert not torch.allclose(logits["both"], logits["act"])
+    with headway.use(model, flex(1.0), act):
+        contract.close(read(model, ids, contract.decodes()), logits["act"], "all keys, calibrated")
+
+
+def test_selectors_of_different_phases_share_a_site():
+    model, ids = host("llama"), tokens()
+    with headway.use(model, flex(), Decode()) as handle:
+        read(model, ids, contract.decodes())
+    assert all(found == {"blocks", "window"} for found in paths(handle))
+
+
+def test_selectors_of_one_phase_conflict_and_are_both_named():
+    model = host("llama")
+    for one, other in ((flex(), PowerAttention(block=16)), (Decode(), PowerAttention(block=16))):
+        with pytest.raises(ConflictError, match=rf"{one.title} and {other.title}, expected one"):
+            headway.use(model, one, other).attach()
+    with headway.use(model, flex()), pytest.raises(ConflictError, match="FlexPrefill and PowerAttention"):
+        headway.use(model, PowerAttention(block=16)).attach()
+
+
+def test_selectors_at_different_layers_do_not_meet():
+    model, ids = host("llama"), tokens()
+    with headway.use(model, flex(), layers=[0]) as first, headway.use(model, PowerAttention(block=16), layers=[1]):
+        read(model, ids, contract.decodes())
+    assert [row["layer"] for row in first.report()] == [0]
+
+
+def test_a_head_gate_acts_on_what_a_policy_read():
+    """A silenced head is silent in prefill and in steps, whoever stores its keys."""
+    model, ids = host("llama"), tokens()
+    everything = HeadGate(gates={(layer, head): 0.0 for layer in range(2) for head in range(4)})
+    with headway.use(model, StreamingLLM(sinks=4, window=30), everything):
+        silent = read(model, ids, contract.decodes())
+    with headway.use(model, everything):
+        contract.close(silent, read(model, ids, contract.decodes()), "no head speaks")
+
+
+def test_scopes_in_the_other_order_end_in_the_same_place():
+    model, ids = host("llama"), tokens()
+    before = contract.snapshot(model)
+    logits = []
+    for outer, inner in ((flex(), duo()), (duo(), flex())):
+        with headway.use(model, outer), headway.use(model, inner):
+            logits.append(read(model, ids, contract.decodes()))
+        contract.same(before, contract.snapshot(model))
+    contract.close(logits[0], logits[1], "order of scopes", share=1e-6)
