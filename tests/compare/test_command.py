@@ -66,6 +66,22 @@ def test_a_killed_run_goes_on_from_its_finished_cells(folder, tmp_path):
     assert json.loads(done.stdout)["run"]["cells_reused"] == kept
 
 
+def test_an_interrupted_run_says_where_it_goes_on(folder, tmp_path):
+    command = [*COMMAND, str(folder), "--text", str(folder / "text.txt"), "--tokens", "200", *QUICK]
+    command += ["--repeats", "5000", "--out", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as it:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and len(list(tmp_path.glob("cells/*.json"))) < 2 and it.poll() is None:
+            time.sleep(0.05)
+        os.killpg(it.pid, signal.SIGINT)
+        _, errors = it.communicate(timeout=60)
+    assert it.returncode == 130
+    assert "goes on from them" in errors
+    assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

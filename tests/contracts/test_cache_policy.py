@@ -130,7 +130,7 @@ def test_two_policies_or_two_drivers_or_a_blind_editor_are_refused():
         headway.use(model, KeepLast(3), KeepLast(4)).attach()
     with pytest.raises(ConflictError, match="two drivers"):
         headway.use(model, Drive(), Drive()).attach()
-    with pytest.raises(ConflictError, match="Blind, which needs the weights"):
+    with pytest.raises(ConflictError, match="Blind, which needs all keys"):
         headway.use(model, KeepLast(3), Blind()).attach()
 
 

@@ -702,3 +702,41 @@ def test_any_padding_and_split_agree_with_the_host(length, left, right, split, n
 
 
 _CACHE: dict = {}
+
+
+class Calls(headway.door.Observer):
+    """Notes what every call says of its keys, rows and padding."""
+
+    def __init__(self):
+        self.found = []
+
+    def observe(self, call, output, lse=None):
+        padding = call.forward.padding
+        self.found.append((call.keys, call.offset, call.causal, None if padding is None else padding.tolist()))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama eager", "gpt2"])
+def test_a_static_cache_has_no_empty_slots_at_the_door_and_its_mask_tells_the_padding(name):
+    """`generate` hands such a host masks of pairs over all slots instead of the mask of positions."""
+    model, calls = CAUSAL[name](), Calls()
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    ids[1, :4], mask[1, :4] = 0, 0
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with headway.observe(model, calls):
+        model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+    by_step = calls.found[:: len(calls.found) // 3]
+    real = [[True] * 12, [False] * 4 + [True] * 8]
+    for step, (keys, offset, causal, padding) in enumerate(by_step):
+        assert (keys, offset, causal) == (9 + step, 9 + step - (1 if step else 9), step == 0)
+        assert padding == [row[:keys] for row in real]
+
+
+@torch.no_grad()
+def test_a_mask_of_pairs_that_hides_more_than_padding_tells_no_padding():
+    """Two packed texts: the last row does not see the first, which is no padding all the same."""
+    model, calls = CAUSAL["llama"](), Calls()
+    own = (torch.arange(10) >= 6)[:, None] == (torch.arange(10) >= 6)
+    packed = (own & torch.ones(10, 10, dtype=torch.bool).tril())[None, None]
+    with headway.observe(model, calls):
+        model(tokens(1, 10), attention_mask=packed)
+    assert {repr(padding) for *_, padding in calls.found} == {"None"}

@@ -576,7 +576,7 @@ def test_a_short_context_gets_the_nearest_share_and_all_of_it_is_dense():
     assert 1 / ideal_speedup(24, policy.budget, policy.stride) == pytest.approx(0.5, abs=0.06)
     contract.check_equals_dense(model, lambda: at_budget(1.0, tokens=4, model=model)[0])
     for bad in ({"share": 0.0, "tokens": 5}, {"share": 1.5, "tokens": 5}, {"share": 0.5, "tokens": 0}):
-        with pytest.raises(ArgumentError, match="share, tokens"):
+        with pytest.raises(ArgumentError, match="share|tokens"):
             at_budget(**bad, model=model)
 
 

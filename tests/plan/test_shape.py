@@ -107,17 +107,11 @@ def test_a_folder_needs_a_config_and_no_weights(tmp_path):
         ("{", "not JSON"),
         ("[]", "model_type None"),
         (json.dumps({"model_type": "lama"}), "'lama'"),
-        (json.dumps({"model_type": "bert"}), "causal"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named(tmp_path, values, words):
     path = tmp_path / "config.json"
     path.write_text(values, encoding="utf-8")
-    if "bert" in values:
-        config = config_of(str(path))
-        config.is_decoder = False
-        assert shape_of(config).layers  # an encoder's language-model head builds; it still stores keys
-        return
     with pytest.raises(HostError, match=words):
         config_of(str(path))
 
@@ -129,6 +123,12 @@ def test_an_unknown_name_gets_the_nearest_and_a_missing_folder_its_name(tmp_path
         config_of(str(tmp_path / "nothing"))
     with pytest.raises(HostError, match=r"without config\.json"):
         config_of(str(tmp_path))
+
+
+def test_a_config_of_no_language_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
+    with pytest.raises(HostError, match="builds no causal language model"):
+        shape_of(config_of(str(tmp_path)))
 
 
 @pytest.mark.parametrize(("architecture", "words"), [("mamba", "keeps a state"), ("deepseek_v3", "latent")])

@@ -113,9 +113,9 @@ def _random_blocks(share: float, *, tokens: int, model: nn.Module) -> tuple[Stag
     if share == 1:
         return ()
     wide = window_of(share, tokens)
-    block = next((size for size in (64, 32, 16, 8) if wide >= 4 * size), 8)
+    block = next((size for size in (64, 32, 16, 8) if wide >= 8 * size), 8)
     # Half of the block that a row stands in is in its future, on average.
-    return (RandomBlocks(keep=max(round(wide / block + 0.5), 1), block=block),)
+    return (RandomBlocks(keep=max(int(wide / block + 0.5), 1), block=block),)
 
 
 #: Name -> (what it is, its stages at a budget).

@@ -65,8 +65,8 @@ def run(
                 progress=tell,
                 **options,
             )
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note(f"Finished cells are kept in {out / 'cells'}: the same command goes on from them.")
+    except KeyboardInterrupt:
+        console.print(f"Finished cells are kept in {out / 'cells'}: the same command goes on from them.", markup=False)
         raise
     if as_json:
         sys.stdout.write(found.to_json() + "\n")

@@ -129,13 +129,13 @@ def _findings(
 ) -> list[str]:
     dense = points[0]
     scores = [score for quality in qualities if (score := dense.score(*quality))]
-    said = ", ".join(f"{score.label} {score.value:.3g}" for score in scores)
+    said = "; ".join(f"{score.label} {score.value:.3g}" for score in scores)
     sentences = [f"Dense: {said}."]
     if dense.timing is not None:
         same = dense.timing.ratio("request")
-        held = f", {dense.cache_bytes / 1e6:.3g} MB of keys and values" if dense.cache_bytes else ""
+        held = f", and {dense.cache_bytes / 1e6:.3g} MB of keys and values" if dense.cache_bytes else ""
         sentences[0] = (
-            f"Dense: {said}; {dense.timing.prefill_seconds:.3g} s to read {dense.timing.tokens:,} tokens, "
+            f"Dense: {said}. It takes {dense.timing.prefill_seconds:.3g} s to read {dense.timing.tokens:,} tokens, "
             f"{1e3 * dense.timing.decode_seconds:.3g} ms per token after that{held}."
         )
         sentences.append(

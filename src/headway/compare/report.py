@@ -20,6 +20,8 @@ SCRIPTS = ("frontier.js", "budgets.js")
 STYLES = ("compare.css",)
 WORST = "worst loss"
 MISSING = "–"
+#: Characters of a stage with its options; some hold tensors.
+STAGE_SHOWN = 260
 
 
 def render(comparison: Comparison) -> str:
@@ -156,10 +158,11 @@ def ran(point: Point) -> dict[str, Any]:
     calls = sum(point.paths.values())
     return {
         "label": point.label,
-        "stages": ", ".join(point.stages) or ("nothing attached" if point.is_dense else MISSING),
+        "stages": ", ".join(stage if len(stage) <= STAGE_SHOWN else f"{stage[:STAGE_SHOWN]}…" for stage in point.stages)
+        or ("nothing attached" if point.is_dense else MISSING),
         "paths": ", ".join(f"{path} {percent(_short(count / calls))}" for path, count in point.paths.items())
         or ("native 100 %" if point.timing and not point.stages else MISSING),
-        "densities": ", ".join(
+        "densities": "; ".join(
             f"{task} {number(found['all'])}" for task, found in point.density_by_task.items() if "all" in found
         )
         or MISSING,

@@ -171,18 +171,21 @@ class Handle:
 
     def _check_layers(self, door: Door) -> None:
         known = sorted({site.layer for site in door.sites.values()})
+        policy = next((s for s in self.stages if isinstance(s, CachePolicy)), None)
+        left = [site.name for site in door.sites.values() if site.kind == "self" and not self.covers(site)]
+        narrowed = self.layers is not None or self.patterns is not None
+        # Without a self-test the sites are not known yet, so any narrowing may leave one out.
+        if policy is not None and (left or (narrowed and not known)):
+            raise ConflictError(
+                f"layers, sites: got a scope {f'without {left[0]}' if left else 'of some sites'} for {policy.title}, "
+                "expected the whole model: its cache serves every layer. Attach it in a scope of its own, without "
+                "layers and sites."
+            )
         if not known:
             return
         for layer in self.layers or ():
             if layer not in known:
                 raise unknown("layers", layer, known)
-        policy = next((s for s in self.stages if isinstance(s, CachePolicy)), None)
-        left = [site.name for site in door.sites.values() if site.kind == "self" and not self.covers(site)]
-        if policy is not None and left:
-            raise ConflictError(
-                f"layers, sites: got a scope without {left[0]} for {policy.title}, expected the whole model: its cache "
-                "serves every layer. Attach it in a scope of its own, without layers and sites."
-            )
         names = [site.name for site in door.sites.values()]
         for pattern in self.patterns or ():
             if not any(fnmatch(name, pattern) for name in names):
@@ -200,7 +203,7 @@ class Door:
         self.sites: dict[tuple[str, int], Site] = {}
         self.tested_for: tuple[Any, ...] | None = None
         self.probe: Any = None
-        self._names = {module: name for name, module in model.named_modules()}
+        self.modules = {module: name for name, module in model.named_modules()}
         self._renamed: list[Any] = []
         self._hooks: list[Any] = []
         self._local = threading.local()
@@ -210,7 +213,7 @@ class Door:
         try:
             for config in adapter.configs(model):
                 self._rename(config)
-            for module in self._names:
+            for module in self.modules:
                 if adapter.uses_registry(module):
                     _MODULE_DOORS[module] = weakref.ref(self)
                     self._hooks.append(module.register_forward_pre_hook(self._enter_attention, with_kwargs=True))
@@ -226,7 +229,7 @@ class Door:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for module in self._names:
+        for module in self.modules:
             if _MODULE_DOORS.get(module, lambda: None)() is self:
                 del _MODULE_DOORS[module]
         for config in self._renamed:
@@ -282,7 +285,7 @@ class Door:
     def _enter_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if module not in self._names:
+        if module not in self.modules:
             return None
         local = self._local
         local.depth = getattr(local, "depth", 0) + 1
@@ -309,7 +312,7 @@ class Door:
         return changed
 
     def _leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module not in self._names:
+        if module not in self.modules:
             return
         local = self._local
         local.depth = max(getattr(local, "depth", 1) - 1, 0)
@@ -331,7 +334,7 @@ class Door:
             )
 
     def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module not in self._names:
+        if module not in self.modules:
             return
         local = self._local
         if not getattr(local, "depth", 0):
@@ -368,9 +371,11 @@ class Door:
         if self.probe is None and not stages:
             return function(module, query, key, value, mask, **keywords)
         _place(forward, query, key, given, keywords)
+        slots = _slots(forward, site, module, query, key)
         call = adapter.normal_form(
-            site, module, query, key, value, mask, implementation=native, forward=forward, hidden=hidden, **keywords
-        )
+            site, module, query, key[:, :, :slots], value[:, :, :slots], mask, implementation=native, forward=forward,
+            hidden=hidden, **keywords,
+        )  # fmt: skip
         call = _at_positions(call)
         if self.probe is not None:
             return self.probe(call, function, mask, keywords)
@@ -378,12 +383,16 @@ class Door:
 
     def site(self, module: nn.Module, turn: int, query: Tensor, key: Tensor, keywords: dict[str, Any]) -> Site:
         """The site of a module; a module that attends several times in one forward has one site per turn."""
-        name = self._names.get(module, type(module).__name__)
+        name = self.modules.get(module, type(module).__name__)
         if (name, turn) not in self.sites:
             full = name if turn == 0 else f"{name}#{turn}"
             site = adapter.site_of(module, full, len(self.sites), query, key, keywords)
             kind = "cross" if _is_cross(module, keywords) else "self"
-            self.sites[name, turn] = replace(site, kind=kind)
+            site = replace(site, kind=kind)
+            if self.probe is None:
+                # A scope that was attached without a self-test could not be checked at this site before.
+                _refuse_conflicts(site, [s for h in self.handles for s in h.acting(site)])
+            self.sites[name, turn] = site
         return self.sites[name, turn]
 
 
@@ -561,25 +570,36 @@ def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
 
 
 def _refuse_beside_policy(site: Site, policy: CachePolicy, stages: Sequence[Stage]) -> None:
-    """What a cache policy's own calls cannot carry at a site: selectors of the same phase, readers and editors of
-    weights that know only whole calls."""
+    """What a cache policy's own calls cannot carry at a site: selectors of the same phase, readers of weights, and
+    editors that know only the host's calls."""
     for stage in stages:
         both = isinstance(stage, Selector) and stage.phases & policy.narrows
-        blind = isinstance(stage, Editor) and "weights" in stage.edits and not stage.reads_parts
+        blind = isinstance(stage, Editor) and stage.edits and not stage.reads_parts
         if both or blind or (isinstance(stage, Observer) and stage.reads_weights):
             why = (
                 f"selects keys in {', '.join(sorted(stage.phases & policy.narrows))}, where the policy reads its cache"
                 if isinstance(stage, Selector)
-                else "needs the weights over all keys of all heads"
+                else "needs all keys of all heads in one call"
             )
             raise ConflictError(
-                f"methods at {site.name}: got {policy.title} and {stage.title}, which {why}; expected one of them "
-                "there. Give them different layers, or use them in separate scopes."
+                f"methods at {site.name}: got {policy.title} and {stage.title}, which {why}; expected one of them, as "
+                "a policy serves every layer. Attach one at a time, or a selector for the other phase."
             )
 
 
 def _with_policy_cache(policy: CachePolicy, model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The host's keyword inputs with a cache of the policy where the host would make or has made an empty one."""
+    """The host's keyword inputs with a cache of the policy where the host would make or has made an empty one, and with
+    the padding mask that a mask of pairs says."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and getattr(mask, "ndim", 0) != 2:
+        padding = _padding(kwargs)
+        if padding is None:
+            raise ArgumentError(
+                "attention_mask: got a mask of four dimensions that hides more than padding and the future, expected "
+                f"(batch, tokens): {policy.title} keeps other keys than the host, and its mask would stand over the "
+                "wrong ones. Leave it out, or pass the padding mask."
+            )
+        kwargs = kwargs | {"attention_mask": padding.long()}
     cache = kwargs.get("past_key_values")
     if getattr(cache, "policy", None) is not policy:
         if cache is None:
@@ -609,8 +629,22 @@ def _restore_name(config: Any) -> None:
 
 
 def _padding(kwargs: dict[str, Any]) -> Tensor | None:
+    """Which positions so far are tokens: from a mask of positions, or from one of pairs that hides padding and the
+    future and nothing else, which `generate` makes for a static cache."""
     mask = kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask.bool()
+    past = _cache_length(kwargs)
+    tokens = past + mask.shape[-2]
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < tokens:
+        return None
+    seen = mask > torch.finfo(mask.dtype).min * adapter.HIDDEN_SHARE if mask.is_floating_point() else mask.bool()
+    seen = seen[:, 0, :, :tokens]
+    real = seen[:, -1]
+    return real if torch.equal(seen, real[:, None] & torch.ones_like(seen).tril(past)) else None
 
 
 def _cache_length(kwargs: dict[str, Any]) -> int:
@@ -640,8 +674,15 @@ def _place(forward: Forward, query: Tensor, key: Tensor, given: dict[str, Any], 
     forward.phase = "decode" if query.shape[2] == 1 and past else "prefill"
 
 
+def _slots(forward: Forward, site: Site, module: nn.Module, query: Tensor, key: Tensor) -> int:
+    """How many of the keys are there: a static cache also holds empty slots for tokens to come."""
+    layer = getattr(module, "layer_idx", None)
+    seen = _tokens_seen(forward.cache, layer) if site.kind == "self" and isinstance(layer, int) else 0
+    return seen if query.shape[2] <= seen < key.shape[2] else key.shape[2]
+
+
 def _at_positions(call: AttentionCall) -> AttentionCall:
-    """The call with the place of its keys in the sequence, for caches that hold fewer or more slots than tokens."""
+    """The call with the place of its keys in the sequence, for caches that hold fewer slots than tokens."""
     cache, layer = call.forward.cache, getattr(call.module, "layer_idx", None)
     if call.site.kind != "self" or cache is None or not isinstance(layer, int):
         return call

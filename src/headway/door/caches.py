@@ -10,6 +10,7 @@ A `TokenStore` holds keys and values in buffers that grow by halves, so that app
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -208,6 +209,8 @@ class PolicyLayer(CacheLayerMixin):
                 store.select(torch.arange(store.key.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        if not tokens_to_remove:
+            return
         raise ArgumentError(
             f"{type(self).__name__}: got a request to take back {abs(tokens_to_remove)} tokens, expected none: what "
             "was dropped cannot come back. Generate without assisted decoding, or keep every key."
@@ -224,6 +227,27 @@ class PolicyCache(Cache):
     def stored_bytes(self) -> int:
         """Bytes of keys and values that are held now."""
         return sum(store.bytes for layer in self.layers for store in getattr(layer, "stores", ()))
+
+    def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Moves what the cache itself knows of each sequence, (batch, …), as its layers were moved."""
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.move_rows(lambda x: x.index_select(0, beam_idx.to(x.device, torch.long)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.move_rows(lambda x: x.index_select(0, indices.to(x.device, torch.long)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.move_rows(lambda x: x.repeat_interleave(repeats, 0))
+
+
+def first_tokens(padding: Bool[Tensor, "batch tokens"] | Int[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
+    """The column of each sequence's first real token; behind the last one where all are padding."""
+    real = padding.bool()
+    return torch.where(real.any(1), real.long().argmax(1), real.shape[1])
 
 
 def key_visible(

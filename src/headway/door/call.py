@@ -157,6 +157,15 @@ class AttentionCall:
         """Dense output (batch, heads, queries, value_dim) and log-sum-exp by the door's own kernel."""
         return dense_attention(self.query, self.key, self.value, sinks=self.sinks, **self.arguments(), **options)
 
+    def real_tokens(self, start: int, stop: int) -> Bool[Tensor, "batch tokens"] | None:
+        """Which positions of the sequence from `start` up to `stop` hold tokens and no padding, where the host told;
+        None when it did not. Positions that it did not speak of hold tokens."""
+        padding = self.forward.padding
+        if padding is None or padding.shape[0] != self.query.shape[0]:
+            return None
+        known = padding[:, start:stop].to(self.query.device).bool()
+        return torch.nn.functional.pad(known, (0, stop - start - known.shape[1]), value=True)
+
     def padded_rows(self) -> Bool[Tensor, "batch queries"] | None:
         """Query rows that are padding, where the host told (batch, queries); None when it did not."""
         padding = self.forward.padding

@@ -199,11 +199,7 @@ def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Ten
     plain = call.bias is None and call.softcap is None and call.sinks is None and not call.dropout
     square = not call.causal or call.offset == call.keys - call.queries
     if plain and square and not editors:
-        output, lse = fused_attention(
-            call.query, call.key, call.value, scale=call.scale, causal=call.causal, mask=call.mask
-        )
-        if lse is not None:
-            return output, lse
+        return fused_attention(call.query, call.key, call.value, scale=call.scale, causal=call.causal, mask=call.mask)
 
     named = _named_heads(call, editors)
     if named is not None:

@@ -58,6 +58,7 @@ class HeadGate(_OnHeads):
     `gates` maps (layer, head) to its factor."""
 
     gates: Mapping[tuple[int, int], float]
+    reads_parts = True
 
     def pairs(self) -> list[tuple[int, int]]:
         return list(self.gates)

@@ -42,7 +42,8 @@ def require_plain_decoder(model: nn.Module) -> None:
 
 
 def require_plain_positions(call: AttentionCall) -> None:
-    """Raises HostError for a call whose logits depend on more than query, key and how far a layer sees."""
+    """Raises HostError for a call whose logits depend on more than query, key and how far a layer sees, or whose rows
+    see the future."""
     if call.bias is not None:
         raise HostError(
             f"{call.site.name}: got a position bias (ALiBi or relative), expected positions that are part of the keys, "
@@ -50,3 +51,8 @@ def require_plain_positions(call: AttentionCall) -> None:
         )
     if call.site.reach == "chunked":
         raise HostError(f"{call.site.name}: got a layer that reads in chunks, expected one that reads all or a window.")
+    if call.queries == call.keys > 1 and not call.causal:
+        raise HostError(
+            f"{call.site.name}: got attention that sees the future, as in an encoder, expected causal attention. What "
+            "a policy has dropped could not be read from both sides."
+        )

@@ -51,6 +51,14 @@ def host_frequencies(model: nn.Module, layer: int | None = None) -> tuple[Float[
     return tables.get(kinds[layer]), layout
 
 
+def changing_frequencies(model: nn.Module) -> str:
+    """The kind of a host's rotary frequencies where they change with the length of what it reads ("dynamic",
+    "longrope"); empty where they are fixed."""
+    kinds = [getattr(module, "rope_type", "") for module in model.modules()]
+    named = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    return next((str(name) for name in named if "dynamic" in str(name) or name == "longrope"), "")
+
+
 def site_frequencies(model: nn.Module) -> tuple[dict[str, Tensor | None] | Tensor | None, Layout]:
     """The rotary frequencies of every site, tried out on the host, and the layout of the pairs.
 

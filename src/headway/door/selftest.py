@@ -55,12 +55,14 @@ class Probe:
 
 
 def ensure_tested(door: Door, example: dict[str, Any] | None = None) -> None:
-    """Runs the self-test unless this door passed it for the same type, device and implementation already."""
+    """Runs the self-test unless this model passed it with the same modules, type and device already."""
     model = door.model()
     if model is None:
         raise InterceptionError("model: got one that was deleted, expected a live model. Keep a reference to it.")
     parameter = next(model.parameters(), None)
-    state = (None, None) if parameter is None else (parameter.dtype, parameter.device)
+    # Modules by name, so that a model whose blocks were left out or put back is tested anew.
+    modules = tuple((name, id(module)) for module, name in door.modules.items())
+    state = (modules, *((None, None) if parameter is None else (parameter.dtype, parameter.device)))
     known = _PASSED.get(model)
     if known is not None and known[0] == state and example is None:
         door.sites.update(known[1])

@@ -55,9 +55,12 @@ class Editor(Stage):
     """Changes attention: the tensors before it, the weights inside it, or the output after it.
 
     An editor overrides what it needs. Editing weights makes the site compute explicit weights block by block.
-    `keeps_weights` is for an editor that uses that stage and still leaves the weights what q and k say. `reads_parts`
-    says that its stages understand calls over some of a site's heads (`AttentionCall.of_heads`) with keys from
-    scattered positions (`key_at`), which cache policies make."""
+    `keeps_weights` is for an editor that uses that stage and still leaves the weights what q and k say.
+
+    Beside a cache policy an editor meets calls that are not the host's: `edit_call` and `edit_output` see the new keys
+    alone, as what was stored before is the policy's, and `edit_weights` calls over some of a site's heads
+    (`AttentionCall.of_heads`) with keys from scattered positions (`key_at`). `reads_parts` says that every stage of
+    this editor is right on such calls; without it, it is refused beside a policy."""
 
     keeps_weights = False
     reads_parts = False

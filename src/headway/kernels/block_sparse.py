@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headway.errors import ArgumentError, unknown
-from headway.kernels.dense import check_heads, dense_attention
+from headway.kernels.dense import check_heads, dense_attention, soft_capped, with_learned_sinks
 from headway.kernels.fused import fused_attention
 
 FORMS = ("auto", "masked", "gather", "flex")
@@ -77,15 +77,10 @@ def block_sparse_attention(
         raise unknown("form", form, FORMS)
     work = _Work.of(query, key, value, blocks, query_block, key_block, scale, causal, offset, mask, band, softcap)
     if form == "auto":
-        form = "flex" if query.device.type == "cuda" and softcap is None else "gather"
+        form = "flex" if query.device.type == "cuda" else "gather"
     work = replace(work, exact_lse=sinks is not None and work.needs_gradients)
     run = {"masked": _masked, "gather": _gather, "flex": _flex}[form]
-    output, lse = run(work)
-    if sinks is not None:
-        total = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
-        output = (output.float() * torch.exp(lse - total)[..., None]).to(output.dtype)
-        lse = total
-    return output, lse
+    return with_learned_sinks(*run(work), sinks)
 
 
 def dense_is_faster(keys: int, density: float) -> bool:
@@ -312,7 +307,7 @@ class _Tiles:
                 self.query[own, None], key[theirs, None], value[theirs, None], scale=self.work.scale, causal=True
             )
             output[own] = part[:, 0]
-            lse[own] = _given(part_lse)[:, 0]
+            lse[own] = part_lse[:, 0]
         return output, lse
 
     def add(self, result: tuple[Tensor, Tensor], selected: Tensor, *, masked: bool) -> None:
@@ -370,8 +365,7 @@ class _Tiles:
             for which, (x, like) in enumerate(((self.key, work.key), (self.value, work.value)))
         )
         if work.softcap is None and not work.exact_lse:
-            output, lse = fused_attention(query, key, value, scale=work.scale, mask=seen)
-            return output, _given(lse)
+            return fused_attention(query, key, value, scale=work.scale, mask=seen)
         return dense_attention(query, key, value, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero")
 
     def _copy(self, which: int, x: Tensor, index: Tensor) -> Tensor:
@@ -384,12 +378,6 @@ class _Tiles:
             self.buffers = (grown[0], grown[1])
         out = self.buffers[which][:need].view(index.numel(), x.shape[1])
         return torch.index_select(x.detach(), 0, index, out=out)
-
-
-def _given(lse: Tensor | None) -> Tensor:
-    if lse is None:
-        raise ArgumentError("kernel: got no log-sum-exp on this device, expected one. Pass form='masked'.")
-    return lse
 
 
 def _by_count(
@@ -441,7 +429,7 @@ def _flex(work: _Work) -> tuple[Tensor, Tensor]:
         return seen
 
     def capped(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return score if work.softcap is None else torch.tanh(score / work.softcap) * work.softcap
+        return soft_capped(score, work.softcap)
 
     block_mask = create_block_mask(visible, batch, heads, queries, keys, device=work.query.device)
     attend: Any = torch.compile(flex_attention) if work.query.device.type == "cuda" else flex_attention

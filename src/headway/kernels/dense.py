@@ -60,6 +60,23 @@ def grouped_values(
     return (folded @ value).view(batch, heads, rows, value.shape[3])
 
 
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c · tanh(logits / c); the logits themselves without a cap."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def with_learned_sinks(
+    output: Float[Tensor, "batch heads queries value_dim"],
+    lse: Float[Tensor, "batch heads queries"],
+    sinks: Float[Tensor, " heads"] | None,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Output and log-sum-exp of a softmax once learned sinks join it; as they are without sinks."""
+    if sinks is None:
+        return output, lse
+    total = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
+    return (output.float() * torch.exp(lse - total)[..., None]).to(output.dtype), total
+
+
 def visible_keys(
     rows: Int[Tensor, " rows"],
     keys: int,
@@ -99,9 +116,7 @@ def attention_logits(
     if rows is None:
         rows = torch.arange(queries, device=query.device)
     offset = keys - queries if offset is None else offset
-    scores = grouped_scores(query[:, :, rows].float(), key.float()) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = soft_capped(grouped_scores(query[:, :, rows].float(), key.float()) * scale, softcap)
     if bias is not None:
         scores = scores + (bias[:, :, rows] if bias.shape[2] > 1 else bias).float()
     seen = visible_keys(rows, keys, causal=causal, offset=offset, mask=mask)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from headway.errors import ArgumentError
 from headway.kernels.dense import check_heads, dense_attention
@@ -29,14 +28,12 @@ def fused_attention(
     scale: float | None = None,
     causal: bool = False,
     mask: Bool[Tensor, "#batch #heads queries keys"] | None = None,
-    with_lse: bool = True,
-) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"] | None]:
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Softmax attention and the log-sum-exp of its scaled logits (float32).
 
     `causal` aligns the last query with the last key. Key and value may have fewer heads than the query; they are not
-    repeated. A row that sees nothing gives zeros and -inf. Without `with_lse` the second value may be None, which
-    leaves the platform free to take any kernel. `dense_attention` is the reference, and what runs where no fused kernel
-    gives a log-sum-exp (other devices, value_dim ≠ dim)."""
+    repeated. A row that sees nothing gives zeros and -inf. `dense_attention` is the reference, and what runs where no
+    fused kernel gives a log-sum-exp (other devices, value_dim ≠ dim)."""
     check_heads(query, key)
     queries, keys = query.shape[2], key.shape[2]
     scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -57,9 +54,6 @@ def fused_attention(
         if mask is not None:
             lse = lse.masked_fill(~mask.any(-1), -torch.inf)
         return output, lse
-    if not with_lse and keys and mask is None:
-        groups = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=groups), None
     return dense_attention(query, key, value, scale=scale, causal=causal, mask=mask, empty_rows="zero")
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from headway.errors import ArgumentError
 from headway.kernels.block_sparse import STEP_BYTES
-from headway.kernels.dense import check_heads, dense_attention
+from headway.kernels.dense import check_heads, dense_attention, with_learned_sinks
 from headway.kernels.fused import fused_attention
 
 
@@ -45,15 +45,20 @@ def gathered_attention(
     scale = query.shape[3] ** -0.5 if scale is None else scale
     offset = keys - queries if offset is None else offset
     size = row_block(index, queries, query_block)
+    if index.shape[0] not in (1, batch) or index.shape[1] not in (1, kv_heads, heads) or not index.shape[3]:
+        raise ArgumentError(
+            f"index: got shape {tuple(index.shape)}, expected (1 or {batch}, one of {(1, kv_heads, heads)}, lists, at "
+            "least 1 key). Name the keys of all heads, of each key head or of each query head."
+        )
     index, valid = unique_keys(index, valid, keys)
     count = index.shape[2]
     rows = pad(query, (0, 0, 0, count * size - queries)).reshape(-1, size, query.shape[3])
     repeat = heads // index.shape[1]
     lists = index.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
     real = valid.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
-    # Lists are sorted with their fill last: a step copies as many keys as its longest list names, and no fill.
-    places = torch.arange(1, real.shape[1] + 1, device=real.device)
-    widths = pad(real * places, (1, 0)).amax(1).clamp(min=1).tolist()
+    # Lists are sorted with their fill last: a step copies as far as its longest list goes, and no fill.
+    last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)
+    widths = last.clamp(min=1).tolist()
     flat_key, flat_value = (x.reshape(-1, x.shape[3]) for x in (key, value))
     per_item = max(lists.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size(), 1)
     step = max(STEP_BYTES // per_item, 2 * torch.get_num_threads())
@@ -76,9 +81,9 @@ def gathered_attention(
             owner = (which // heads).clamp(max=mask.shape[0] - 1)[:, None, None]
             head = (which % heads).clamp(max=mask.shape[1] - 1)[:, None, None]
             seen = seen & mask[owner, head, row[:, :, None], chosen[:, None]]
-        places = (chosen + base[:, None]).flatten()
+        copied = (chosen + base[:, None]).flatten()
         part = rows[item][:, None]
-        gathered = [x[places].view(item.numel(), 1, -1, x.shape[1]) for x in (flat_key, flat_value)]
+        gathered = [x[copied].view(item.numel(), 1, -1, x.shape[1]) for x in (flat_key, flat_value)]
         if fused:
             output, lse = fused_attention(part, *gathered, scale=scale, mask=seen[:, None])
         else:
@@ -86,14 +91,10 @@ def gathered_attention(
                 part, *gathered, scale=scale, mask=seen[:, None], softcap=softcap, empty_rows="zero"
             )
         outputs.append(output[:, 0])
-        normalisers.append(lse[:, 0] if lse is not None else seen.new_zeros(seen.shape[:2], dtype=torch.float32))
+        normalisers.append(lse[:, 0])
     output = torch.cat(outputs).view(batch, heads, count * size, -1)[:, :, :queries]
     lse = torch.cat(normalisers).view(batch, heads, count * size)[..., :queries]
-    if sinks is not None:
-        total = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
-        output = (output.float() * torch.exp(lse - total)[..., None]).to(value.dtype)
-        lse = total
-    return output, lse
+    return with_learned_sinks(output, lse, sinks)
 
 
 def row_block(index: Int[Tensor, "#batch #heads blocks chosen"], queries: int, query_block: int | None) -> int:

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.errors import ArgumentError, unknown
-from headway.kernels.dense import attention_logits, check_heads, normalise, visible_keys
+from headway.kernels.dense import attention_logits, check_heads, normalise, soft_capped, visible_keys
 from headway.kernels.rows import RowSample
 
 #: Elements of one block of weights: 1.2 M float32 are 5 MB and stay in the caches of a laptop.
@@ -225,8 +225,7 @@ def _weights(
     logits, weights = room[:, : batch * heads * count * keys].view(2, batch, heads, count, keys)
     torch.bmm(q, k, out=logits.view(batch * kv_heads, q.shape[1], keys))
     softcap, bias, mask = common["softcap"], common["bias"], common["mask"]
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = soft_capped(logits, softcap)
     if bias is not None:
         logits = logits + (bias[:, :, rows] if bias.shape[2] > 1 else bias)[..., :keys].float()
         logits = logits.clamp(min=HIDDEN)

@@ -19,6 +19,14 @@ def budgeted() -> dict[str, ModuleType]:
     return {slug: module for slug, module in homes().items() if hasattr(module, "at_budget")}
 
 
+def check_share(share: float, tokens: int) -> None:
+    """Raises ArgumentError for a budget that cannot be: what `at_budget` of a method checks first."""
+    if not 0 < share <= 1:
+        raise ArgumentError(f"share: got {share}, expected a share of the keys in (0, 1]; 1 is dense.")
+    if tokens < 1:
+        raise ArgumentError(f"tokens: got {tokens}, expected at least 1.")
+
+
 def stages_at_budget(slug: str, share: float, *, tokens: int, model: nn.Module) -> tuple[Stage, ...]:
     """The stages of a method for a share in (0, 1] of the keys of a context of `tokens`. "dense" has none.
 

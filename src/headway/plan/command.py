@@ -6,11 +6,13 @@ import json
 import sys
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from headway.errors import ArgumentError
 from headway.plan.check import Check, check
+from headway.plan.cost import Phase
 from headway.plan.planning import Plan, Row, parse_tokens, plan
 from headway.plan.shape import config_from_sizes
 
@@ -69,19 +71,26 @@ def plan_table(planned: Plan) -> Table:
         f"{planned.devices} × {planned.machine.what}",
         caption="\n".join([_legend(planned), *planned.warnings, *_notes(planned.rows)]),
         caption_justify="left",
+        box=SIMPLE_HEAD,
     )
-    for name in ("method", "KV cache", "devices", "prompt", "limit", "step", "limit"):
-        table.add_column(name, justify="left" if name in ("method", "limit") else "right", no_wrap=name == "method")
+    for name in ("method", "KV cache", "fits", "prompt", "step"):
+        table.add_column(
+            name,
+            justify="left" if name == "method" else "right",
+            no_wrap=True,
+            min_width=18 if name in ("method", "prompt", "step") else None,
+        )
     first = planned.rows[0]
     for row in planned.rows:
+        held = size(row.kv_bytes) + ("" if row.exact else " ≈")
         table.add_row(
             _title(row.method, row.budget),
-            size(row.kv_bytes) + ("" if row.exact else " ≈") + _times(first.kv_bytes, row.kv_bytes, row is first),
+            held + _times(first.kv_bytes, row.kv_bytes, row is first).replace(" ", "\n"),
             "" if row.devices_needed is None else str(row.devices_needed),
-            duration(row.prompt.seconds) + _times(first.prompt.seconds, row.prompt.seconds, row is first),
-            row.prompt.bound.replace(", ", "\n"),
-            duration(row.step.seconds) + _times(first.step.seconds, row.step.seconds, row is first),
-            row.step.bound.replace(", ", "\n"),
+            *(
+                f"{duration(own.seconds)}{_times(dense.seconds, own.seconds, row is first)}\n{_limit(own)}"
+                for own, dense in ((row.prompt, first.prompt), (row.step, first.step))
+            ),
         )
     return table
 
@@ -166,7 +175,12 @@ def _title(method: str, budget: float | None) -> str:
 
 
 def _times(dense: float, now: float, first: bool) -> str:
-    return "" if first or now <= 0 else f"\n({dense / now:.3g}×)"
+    return "" if first or now <= 0 else f" ({dense / now:.3g}×)"
+
+
+def _limit(phase: Phase) -> str:
+    part, bound = phase.bound.split(", ")
+    return f"{part}: {bound}"
 
 
 def _legend(planned: Plan) -> str:
@@ -175,7 +189,7 @@ def _legend(planned: Plan) -> str:
     return (
         f"{quantity(shape.parameters).strip()} parameters{active} ({size(planned.weight_bytes)}). Times are the least "
         f"that the data sheet allows ({planned.machine.source}); real ones are longer. (n×): dense over method. "
-        "devices: what weights and cache need."
+        "fits: devices that weights and cache need. Below times: what takes most of them."
     )
 
 

@@ -136,5 +136,5 @@ def _part(name: str, flops: float, moved: float, rate: _Rates, *, attends: bool 
         flops=flops,
         bytes=moved,
         seconds=max(computing, moving),
-        bound="arithmetic" if computing >= moving else "memory",
+        bound="compute" if computing >= moving else "memory",
     )

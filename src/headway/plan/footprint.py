@@ -7,7 +7,7 @@ own, to the entry (`exact`); where it looks at the data first, they are those of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -123,12 +123,17 @@ def streaming(stage: Any, layer: Layer, use: LayerUse, index: int, tokens: int) 
 def duo(stage: Any, layer: Layer, use: LayerUse, index: int, tokens: int) -> LayerUse:
     """Retrieval heads keep everything, the others their sinks and recent tokens."""
     whole = int(stage.retrieval()[index].sum())
-    return _duo(layer, whole, stage.sinks, stage.recent, tokens)
+    found = _duo(layer, whole, stage.sinks, stage.recent, tokens)
+    return replace(found, pairs=use.pairs) if stage.prefill == "dense" else found
 
 
 def recycled(stage: Any, layer: Layer, use: LayerUse, index: int, tokens: int) -> LayerUse:
     """Everything, and a copy of the chosen where not all are; a full step every so many, counted as their mean."""
-    if layer.window is not None or stage.stride == 1:
+    if layer.window is not None:
+        # Sliding layers choose nothing; they let old tokens go a window's worth at a time.
+        held = tokens if tokens <= 3 * layer.window else 2 * layer.window
+        return replace(use, stored=0 if layer.borrows else layer.kv_heads * held)
+    if stage.stride == 1:
         return use
     chosen = stage.budget if stage.budget < tokens else 0
     seen = layer.seen(tokens)
@@ -137,6 +142,16 @@ def recycled(stage: Any, layer: Layer, use: LayerUse, index: int, tokens: int) -
     return LayerUse(
         pairs=use.pairs, stored=layer.kv_heads * (tokens + chosen), read=layer.kv_heads * read, choosing=use.choosing
     )
+
+
+def tappa(stage: Any, layer: Layer, use: LayerUse, index: int, tokens: int) -> LayerUse:
+    """A whole prompt, judged by its last queries; then the budget, as a mean over layers (they may
+    hold a quarter more for a while, and a short prompt's last queries, which is not counted)."""
+    if tokens <= stage.budget + stage.window:
+        return use
+    judged = 2.0 * layer.key_dim * layer.heads * stage.window * tokens
+    held = layer.kv_heads * stage.budget
+    return LayerUse(pairs=use.pairs, stored=held, read=min(held + layer.kv_heads, use.read), choosing=(judged, 0.0))
 
 
 def flex_prefill(stage: Any, layer: Layer, use: LayerUse, index: int, tokens: int) -> LayerUse:
@@ -169,6 +184,7 @@ RULES: dict[str, Callable[[Any, Layer, LayerUse, int, int], LayerUse]] = {
     "StreamingLLM": streaming,
     "DuoAttention": duo,
     "RecycledAttention": recycled,
+    "TappaEviction": tappa,
     "FlexPrefill": flex_prefill,
     "PowerAttention": power,
 }
@@ -181,11 +197,15 @@ def _rule(stage: Stage) -> Callable[[Any, Layer, LayerUse, int, int], LayerUse] 
 
 def _duo(layer: Layer, whole: int, sinks: int, recent: int, tokens: int) -> LayerUse:
     groups = layer.heads // layer.kv_heads
-    held, seen = min(tokens, sinks + recent), min(tokens + 1, sinks + recent + 1)
+    if layer.window is not None and recent >= layer.window - 1:
+        sinks, recent = 0, layer.window - 1
+    most = sinks + recent
     rest = layer.kv_heads - whole
-    pairs = whole * layer.pairs(tokens) + rest * _capped_pairs(tokens, sinks + recent + 1)
+    pairs = whole * layer.pairs(tokens) + rest * min(_capped_pairs(tokens, most + 1), layer.pairs(tokens))
     return LayerUse(
-        pairs=groups * pairs, stored=whole * tokens + rest * held, read=whole * layer.seen(tokens) + rest * seen
+        pairs=groups * pairs,
+        stored=whole * layer.kept(tokens) + rest * min(tokens, most),
+        read=whole * layer.seen(tokens) + rest * min(tokens + 1, most + 1),
     )
 
 

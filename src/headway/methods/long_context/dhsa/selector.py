@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from headway.door.call import AttentionCall, Site
 from headway.door.row_memory import remembered
 from headway.door.selection import Dense, Keys, Selection
+from headway.door.selector_calls import require_no_bias, require_one_way
 from headway.door.stages import Selector
 from headway.errors import ArgumentError, ConflictError, unknown
 from headway.kernels.pooling import block_means
+from headway.methods.budget import check_share
 from headway.methods.long_context.dhsa.boundaries import BoundarySource, Piece, Similarity
 from headway.methods.long_context.dhsa.choosing import choose_tokens, key_lists
 from headway.methods.long_context.dhsa.chunks import NORMS, Chunks, chunks_of
@@ -117,7 +119,8 @@ class DHSA(Selector):
         if call.site.window is not None and call.site.window <= budget:
             # The layer's own window is all that the budget could choose from.
             return Dense()
-        _refuse_hosts(call)
+        require_one_way(call, self.title)
+        require_no_bias(call, self.title)
         tokens = call.first_key + call.offset + call.queries
         shared = call.forward.scratch.setdefault((self, "keys", call.site.window, tokens), {})
         if self.share_selection and "keys" in shared:
@@ -259,10 +262,7 @@ def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[DHSA]:
 
     A budget of N keys per row reads N·t − N²/2 of t²/2 pairs. Local and global tokens take half of it at most, and a
     dense suffix what is left of a tenth of the share (none for short prompts)."""
-    if not 0 < share <= 1:
-        raise ArgumentError(f"share: got {share}, expected a share of the keys in (0, 1]; 1 is dense.")
-    if tokens < 1:
-        raise ArgumentError(f"tokens: got {tokens}, expected at least 1.")
+    check_share(share, tokens)
     if share == 1:
         return (DHSA(budget=None, approximates=False),)
     suffix = SUFFIX if 2 * SUFFIX * tokens <= SUFFIX_SHARE * share * tokens**2 else 0
@@ -285,12 +285,10 @@ def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[DHSA]:
 
 def _real(call: AttentionCall, start: int, stop: int) -> Bool[Tensor, "batch tokens"]:
     """Which positions of the sequence are tokens and no padding; all where the host told nothing."""
-    batch, padding = call.query.shape[0], call.forward.padding
-    real = torch.ones(batch, stop, dtype=torch.bool, device=call.query.device)
-    if padding is not None and padding.shape[0] == batch:
-        known = min(padding.shape[1], stop)
-        real[:, :known] = padding[:, :known].to(real.device)
-    return real[:, start:]
+    real = call.real_tokens(start, stop)
+    if real is None:
+        real = torch.ones(call.query.shape[0], stop - start, dtype=torch.bool, device=call.query.device)
+    return real
 
 
 def _store(state: dict[str, Any], chunks: Chunks) -> None:
@@ -299,17 +297,3 @@ def _store(state: dict[str, Any], chunks: Chunks) -> None:
 
 def _stored(state: dict[str, Any]) -> Chunks | None:
     return Chunks(**state) if state else None
-
-
-def _refuse_hosts(call: AttentionCall) -> None:
-    """Raises ArgumentError for attention that this method cannot choose keys of."""
-    if call.queries == call.keys > 1 and not call.causal:
-        raise ArgumentError(
-            f"DHSA at {call.site.name}: got attention that looks both ways, expected a causal host. Name the sites of "
-            "the decoder with sites=."
-        )
-    if call.bias is not None:
-        raise ArgumentError(
-            f"DHSA at {call.site.name}: got a host that adds a position bias to its logits, expected one without. "
-            "Scores of chunks cannot see it; choose a host with rotary or learned positions."
-        )

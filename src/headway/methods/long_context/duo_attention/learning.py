@@ -169,7 +169,7 @@ class GateMix(Editor):
             softcap=call.softcap,
             sink_logits=call.sinks,
         )
-        gate = self.alpha[_layer_index(call)].clamp(0, 1).to(output.dtype)
+        gate = self.alpha[call.site.layer].clamp(0, 1).to(output.dtype)
         gate = gate.repeat_interleave(call.heads // gate.numel())[:, None, None]
         return gate * full + (1 - gate) * stream
 
@@ -259,8 +259,3 @@ def _refuse_unmixable(call: AttentionCall) -> None:
             f"{call.site.name}: got a position bias or attention that sees the future, expected causal attention. Its "
             "heads have no streaming form."
         )
-
-
-def _layer_index(call: AttentionCall) -> int:
-    index = getattr(call.module, "layer_idx", None)
-    return index if isinstance(index, int) else call.site.layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from headway.door.caches import PolicyCache
+from headway.door.caches import PolicyCache, first_tokens
 from headway.door.call import AttentionCall
+from headway.door.policy_hosts import require_plain_positions
 from headway.door.stages import PHASES, CachePolicy
 from headway.errors import ArgumentError, unknown
 from headway.methods.long_context.duo_attention.gates import Gates, check_shape, kv_geometry, select_heads
@@ -20,8 +21,6 @@ from headway.methods.long_context.duo_attention.reading import (
     chunk,
     everything,
     first_parts,
-    layer_index,
-    refuse_unreadable,
     step,
 )
 from headway.methods.long_context.duo_attention.store import DuoLayer
@@ -90,11 +89,11 @@ class DuoAttention(CachePolicy):
     def read(self, call: AttentionCall) -> Sequence[AttentionCall] | None:
         if call.site.kind != "self":
             return None
-        refuse_unreadable(call)
+        require_plain_positions(call)
         cache = call.forward.cache
         if not isinstance(cache, DuoCache):
             return self._read_whole(call)
-        layer = cache.layers[layer_index(call)]
+        layer = cache.layers[call.site.layer]
         layer.learn_window(call.site.window)
         past = layer.seen - call.queries
         if past == 0:
@@ -116,7 +115,10 @@ class DuoAttention(CachePolicy):
         if self.prefill == "dense":
             return None
         retrieval = self.retrieval()
-        index, kv_heads = layer_index(call), retrieval.shape[1]
+        index, kv_heads = call.site.layer, retrieval.shape[1]
+        if call.forward.model is not None and isinstance(self.gates, Gates) and self not in call.forward.scratch:
+            self.gates.check(call.forward.model)
+            call.forward.scratch[self] = True
         if index >= retrieval.shape[0] or call.key.shape[1] % kv_heads:
             raise ArgumentError(
                 f"gates: got shape {tuple(retrieval.shape)}, expected a row for layer {index} and {call.key.shape[1]} "
@@ -125,7 +127,7 @@ class DuoAttention(CachePolicy):
         layer = DuoLayer(retrieval[index].tolist(), self.sinks, self.recent, 0)
         layer.learn_window(call.site.window)
         padding = call.forward.padding
-        first = None if padding is None else padding.long().argmax(1)
+        first = None if padding is None else first_tokens(padding)
         return first_parts(call, layer.groups, kv_heads, first)
 
 
@@ -144,11 +146,6 @@ class DuoCache(PolicyCache):
 
     def learn_padding(self, mask: Any) -> None:
         """Takes padding from the mask of a forward; the first one of a request says where its sequences begin."""
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            raise ArgumentError(
-                "attention_mask: got a mask of four dimensions, expected (batch, tokens). A cache that drops keys "
-                "cannot follow a free mask; leave it out or pass the padding mask."
-            )
         real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if real is not None:
             self.real = None if bool(real.all()) else real
@@ -165,9 +162,8 @@ class DuoCache(PolicyCache):
             self.begun = True
             self._learn_first(torch.zeros(1, dtype=torch.long))
             return
-        started = self.real.any(1)
-        self.begun = bool(started.all())
-        self._learn_first(torch.where(started, self.real.long().argmax(1), self.real.shape[1]))
+        self.begun = bool(self.real.any(1).all())
+        self._learn_first(first_tokens(self.real))
 
     def hides(self, columns: Int[Tensor, "#batch keys"]) -> Bool[Tensor, "batch 1 1 keys"] | None:
         """True where a key at a position is a token; None where all are."""
@@ -182,23 +178,10 @@ class DuoCache(PolicyCache):
         for layer in self.layers:
             layer.learn_first(self.first)
 
-    def _rows(self, index: Tensor) -> None:
-        at = index.cpu()
+    def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         if self.real is not None:
-            self.real = self.real[at.to(self.real.device)]
-            self._learn_first(self.first[at])
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        super().reorder_cache(beam_idx)
-        self._rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._rows(torch.arange(self.first.numel()).repeat_interleave(repeats))
+            self.real = move(self.real)
+            self._learn_first(move(self.first))
 
     def reset(self) -> None:
         super().reset()

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headway.door.call import AttentionCall
-from headway.errors import ArgumentError, HostError
+from headway.errors import ArgumentError
 from headway.kernels.streaming import ROW_BLOCK, stream_spans, stream_visible
 from headway.methods.long_context.duo_attention.store import DuoLayer, HeadGroup, over
 
@@ -200,21 +200,3 @@ def _store(group: HeadGroup) -> Any:
             "Run the model, not its parts."
         )
     return store
-
-
-def refuse_unreadable(call: AttentionCall) -> None:
-    if call.bias is not None:
-        raise HostError(
-            f"{call.site.name}: got a position bias (ALiBi or relative), expected none. DuoAttention drops keys, and "
-            "the host's bias would no longer stand over the right ones."
-        )
-    if call.site.reach == "chunked":
-        raise HostError(
-            f"{call.site.name}: got chunked attention, expected full or sliding attention. Its reach is no window that "
-            "a cache of recent tokens could hold."
-        )
-
-
-def layer_index(call: AttentionCall) -> int:
-    index = getattr(call.module, "layer_idx", None)
-    return index if isinstance(index, int) else call.site.layer

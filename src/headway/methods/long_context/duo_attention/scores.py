@@ -118,7 +118,7 @@ class RopeProfile(Observer):
             query = unrotate(query, call.query_positions, own, self.layout)
             key = unrotate(key, call.key_positions, own, self.layout)
         score = rope_profile(query.mean(2)[0], key.mean(2)[0], own, scale=call.scale, layout=self.layout)
-        self._found[_layer_index(call)].append(score.cpu())
+        self._found[call.site.layer].append(score.cpu())
 
     def result(self) -> dict[int, list[Tensor]]:
         return self._found
@@ -145,12 +145,7 @@ class DistantMass(Observer):
             weights = call.weights(rows)
             near = streaming_mass(weights, rows, sinks=self.sinks, window=self.recent + 1)[1]
             total += (weights.sum(-1) - near)[0].sum(-1).cpu()
-        self._found[_layer_index(call)].append(total / (call.queries - begin))
+        self._found[call.site.layer].append(total / (call.queries - begin))
 
     def result(self) -> dict[int, list[Tensor]]:
         return self._found
-
-
-def _layer_index(call: AttentionCall) -> int:
-    index = getattr(call.module, "layer_idx", None)
-    return index if isinstance(index, int) else call.site.layer

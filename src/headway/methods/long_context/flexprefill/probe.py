@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.door.call import AttentionCall
-from headway.kernels.dense import grouped_scores
+from headway.kernels.dense import grouped_scores, soft_capped
 from headway.kernels.pooling import block_means, block_sums, offset_blocks, root_jensen_shannon
 
 
@@ -58,7 +58,7 @@ class Probe:
 
 def probe_call(call: AttentionCall, block: int) -> Probe:
     """The probe of a causal call whose queries are all its keys. Cost O(block × keys)."""
-    real = real_tokens(call)
+    real = _real(call)
     rows = probe_rows(call, block, real)
     weights = probe_weights(call, rows, real)
     every = torch.ones(weights.shape[0], call.keys, dtype=torch.long, device=weights.device)
@@ -73,21 +73,13 @@ def probe_call(call: AttentionCall, block: int) -> Probe:
 
 def pooled_map(call: AttentionCall, block: int) -> Float[Tensor, "batch heads blocks blocks"]:
     """softmax(q̄ k̄ᵀ · scale) over the key blocks up to each query block. Rows without a token give zeros."""
-    real = real_tokens(call)
+    real = _real(call)
     query, key = (block_means(x, block, real) for x in (call.query, call.key))
-    logits = _capped(grouped_scores(query, key) * call.scale, call.softcap)
+    logits = soft_capped(grouped_scores(query, key) * call.scale, call.softcap)
     count = logits.shape[-1]
     future = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu(1)
     hidden = future | ~_real_blocks(real, block, logits[:, :, 0])[:, :, None, :]
     return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
-
-
-def real_tokens(call: AttentionCall) -> Bool[Tensor, "batch keys"] | None:
-    """Which keys are tokens, where the host told; None when all are."""
-    padding = call.forward.padding
-    if padding is None:
-        return None
-    return padding[:, call.first_key : call.first_key + call.keys].to(call.query.device).bool()
 
 
 def probe_rows(call: AttentionCall, block: int, real: Bool[Tensor, "batch keys"] | None) -> Int[Tensor, "batch rows"]:
@@ -109,7 +101,7 @@ def probe_weights(
     """Exact attention of the probe rows, in float32; the host's mask and padding hold. Learned sinks are left out, so
     that rows sum to one. A row that sees nothing gives zeros."""
     logits = grouped_scores(_rows_of(call.query, rows).float(), call.key.float()) * call.scale
-    logits = _capped(logits, call.softcap)
+    logits = soft_capped(logits, call.softcap)
     keys = torch.arange(call.keys, device=logits.device)
     seen = (keys <= rows[:, :, None])[:, None]
     if real is not None:
@@ -130,21 +122,21 @@ def mean_by_offset(
     return (weights.gather(-1, index) * (key >= 0)[:, None]).mean(2)
 
 
+def _real(call: AttentionCall) -> Bool[Tensor, "batch keys"] | None:
+    return call.real_tokens(call.first_key, call.first_key + call.keys)
+
+
 def _pooled_row(
     call: AttentionCall, rows: Int[Tensor, "batch rows"], block: int, real: Tensor | None
 ) -> Float[Tensor, "batch heads blocks"]:
     """softmax(mean q̂ · k̄ᵀ): what pooling says of the probe."""
     query = _rows_of(call.query, rows).float().mean(2, keepdim=True)
-    logits = _capped(grouped_scores(query, block_means(call.key, block, real)) * call.scale, call.softcap)[:, :, 0]
+    logits = soft_capped(grouped_scores(query, block_means(call.key, block, real)) * call.scale, call.softcap)[:, :, 0]
     return logits.masked_fill(~_real_blocks(real, block, logits), -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
 def _rows_of(x: Tensor, rows: Int[Tensor, "batch rows"]) -> Tensor:
     return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _real_blocks(

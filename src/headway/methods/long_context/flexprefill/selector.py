@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from headway.door.call import AttentionCall, Site
 from headway.door.selection import BlockMask, Blocks, Dense, Selection
+from headway.door.selector_calls import require_no_bias
 from headway.door.stages import Selector
 from headway.errors import ArgumentError, unknown
+from headway.methods.budget import check_share
 from headway.methods.long_context.flexprefill.levels import (
     block_levels,
     filled,
@@ -129,11 +131,7 @@ class FlexPrefill(Selector):
         # An encoder sees both ways, and a sliding layer is sparse already: both stay the host's own.
         if not call.causal or (call.site.window or call.keys) < call.keys or call.queries <= self.dense_up_to:
             return Dense()
-        if call.bias is not None:
-            raise ArgumentError(
-                f"FlexPrefill at {call.site.name}: got a host that adds a position bias to its logits, expected one "
-                "without. The pooled probe cannot see it; choose a host with rotary or learned positions."
-            )
+        require_no_bias(call, self.title)
         found = self.blocks_of(call)
         if self.record is not None:
             self.record.append(found)
@@ -185,10 +183,7 @@ def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[FlexPrefi
 
     The block shrinks from 128 to 16 tokens for short prompts, so that a share can be met; the sink and diagonal blocks,
     about 4 / blocks of the triangle, are read at any share. The budget holds also where dense would be as fast."""
-    if not 0 < share <= 1:
-        raise ArgumentError(f"share: got {share}, expected a share of the keys in (0, 1].")
-    if tokens < 1:
-        raise ArgumentError(f"tokens: got {tokens}, expected at least 1.")
+    check_share(share, tokens)
     block = 128
     while block > 16 and tokens < BUDGET_BLOCKS * block:
         block //= 2

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headway.door.call import Site
 from headway.door.stages import Driver
 from headway.errors import ArgumentError, HostError
+from headway.methods.budget import check_share
 from headway.methods.long_context.infiniretri.rows import HostRows, scoring_sites
 from headway.methods.long_context.infiniretri.scan import Frame, Retrieval, Scan
 from headway.methods.long_context.infiniretri.sentences import RUN, sentences_of_ids, token_texts
@@ -173,9 +174,8 @@ def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[InfiniRet
     """A driver that answers from about `share` of the prompt's tokens; share 1 is the plain model.
 
     It knows no tokenizer, so its sentences are runs of tokens; give it one with `dataclasses.replace`."""
-    if not 0 < share <= 1:
-        raise ArgumentError(f"share: got {share}, expected a part in (0, 1]; 1 is the plain model.")
-    return (InfiniRetri(share=float(share), topk=None if share < 1 else TOPK, window=min(WINDOW, max(tokens, 1))),)
+    check_share(share, tokens)
+    return (InfiniRetri(share=float(share), topk=None if share < 1 else TOPK, window=min(WINDOW, tokens)),)
 
 
 class _WholePrompt:

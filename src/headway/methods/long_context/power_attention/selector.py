@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from headway.door.call import AttentionCall, Site
 from headway.door.selection import BlockMask, Blocks, Dense, Keys, Selection
+from headway.door.selector_calls import require_one_way
 from headway.door.stages import Selector
 from headway.errors import ArgumentError, unknown
+from headway.methods.budget import check_share
 from headway.methods.long_context.power_attention.mask import check_mask, key_blocks, mask_density, power_mask
 
 log = logging.getLogger(__name__)
@@ -60,11 +62,7 @@ class PowerAttention(Selector):
             log.warning("PowerAttention: layers %s have a window of their own, which cuts its long edges.", sliding)
 
     def select(self, call: AttentionCall) -> Selection:
-        if call.queries == call.keys > 1 and not call.causal:
-            raise ArgumentError(
-                f"PowerAttention at {call.site.name}: got attention that looks both ways, expected a causal host. "
-                "Name the sites of the decoder with sites=."
-            )
+        require_one_way(call, self.title)
         start = int(call.query_positions[0])
         pads = _pads(call)
         skipped, first, last = (n // self.block for n in (call.first_key, start, start + call.queries - 1))
@@ -138,10 +136,7 @@ def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[PowerAtte
 
     The largest block that leaves room for two local blocks, then the widest window within the share; one sink block.
     Below about 8 / 1,024 of the triangle the smallest mask of the finest grid is what there is."""
-    if not 0 < share <= 1:
-        raise ArgumentError(f"share: got {share}, expected a share of the keys in (0, 1].")
-    if tokens < 1:
-        raise ArgumentError(f"tokens: got {tokens}, expected at least 1.")
+    check_share(share, tokens)
     sizes = [256 >> shift for shift in range(9) if (256 >> shift) * MOST_BLOCKS >= tokens] or [
         -(-tokens // MOST_BLOCKS)
     ]
@@ -165,7 +160,5 @@ def _widest(share: float, tokens: int, block: int) -> int:
 
 def _pads(call: AttentionCall) -> list[int]:
     """Left padding of each sequence, in tokens; one zero where the host told none."""
-    padding = call.forward.padding
-    if padding is None or padding.shape[0] != call.query.shape[0]:
-        return [0]
-    return padding.long().argmax(1).tolist()
+    real = call.real_tokens(0, call.first_key + call.offset + call.queries)
+    return [0] if real is None else real.long().argmax(1).tolist()

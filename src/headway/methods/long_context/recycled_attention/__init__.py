@@ -30,7 +30,7 @@ from torch import nn
 
 from headway.card import Card
 from headway.door.stages import Stage
-from headway.errors import ArgumentError
+from headway.methods.budget import check_share
 from headway.methods.long_context.recycled_attention.policy import RecycledAttention, RecycledCache
 from headway.methods.long_context.recycled_attention.selection import (
     full_steps,
@@ -73,8 +73,7 @@ def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[Stage, ..
     """Recycling that reads about `share` of the keys of `tokens` tokens of context, full steps included; 1 is dense.
 
     At most half of what is read goes into full steps, where the context is long enough for that."""
-    if not 0 < share <= 1 or tokens < 1:
-        raise ArgumentError(f"share, tokens: got {share}, {tokens}; expected a share in (0, 1] and at least 1 token.")
+    check_share(share, tokens)
     if share == 1:
         return (RecycledAttention(budget=max(tokens, 2), stride=1),)
     stride = max(USUAL_STRIDE, math.ceil(2 / share))

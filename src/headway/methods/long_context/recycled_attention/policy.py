@@ -122,7 +122,7 @@ class RecycledAttention(CachePolicy):
         if call.site.kind != "self" or not isinstance(cache, RecycledCache):
             return None
         require_plain_positions(call)
-        layer = cache.layers[_layer_index(call)]
+        layer = cache.layers[call.site.layer]
         if call.site.window is not None:
             return _read_window(call, layer, call.site.window)
         whole = _whole(call, layer)
@@ -262,8 +262,3 @@ def _log_weights(call: AttentionCall) -> Float[Tensor, "batch heads keys"]:
     logits = call.logits(torch.tensor([call.queries - 1], device=call.query.device))
     lse = normalise(logits, call.sinks)[1][..., None]
     return torch.where(logits == -torch.inf, logits, logits - lse)[:, :, 0]
-
-
-def _layer_index(call: AttentionCall) -> int:
-    index = getattr(call.module, "layer_idx", None)
-    return index if isinstance(index, int) else call.site.layer

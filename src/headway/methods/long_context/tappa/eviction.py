@@ -100,7 +100,7 @@ class TappaEviction(CachePolicy):
         if call.site.kind != "self" or not isinstance(call.forward.cache, TappaCache):
             return None
         require_plain_positions(call)
-        cache, index = call.forward.cache, _layer_index(call)
+        cache, index = call.forward.cache, call.site.layer
         layer = cache.layers[index]
         if layer.width != call.key.shape[3]:
             raise HostError(
@@ -303,11 +303,6 @@ class TappaCache(PolicyCache):
         """Tokens that each KV head holds, empty slots and padding of a batch not counted out."""
         counts = [torch.cat([(s.positions >= 0).sum(-1) for s in layer.parts], 1) for layer in self.layers]
         return torch.stack(counts)
-
-
-def _layer_index(call: AttentionCall) -> int:
-    index = getattr(call.module, "layer_idx", None)
-    return index if isinstance(index, int) else call.site.layer
 
 
 def _recent_positions(seen: int, rows: int, device: torch.device) -> Int[Tensor, " rows"]:

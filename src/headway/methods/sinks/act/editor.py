@@ -72,11 +72,6 @@ class ACT(Editor):
         heads = tuple(sorted({(int(layer), int(head)) for layer, head in self.heads}))
         object.__setattr__(self, "heads", heads)
 
-    @property
-    def strength(self) -> float:
-        """1 − β: 0 leaves attention as it is, 1 masks the sinks out."""
-        return 1 - self.beta
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ACT:
         """Itself: a copied cache keeps what this stage learned."""
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headway.door.caches import PolicyCache
+from headway.door.caches import PolicyCache, first_tokens
 from headway.door.call import AttentionCall
 from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
-from headway.door.rotary import host_frequencies
+from headway.door.rotary import changing_frequencies, host_frequencies
 from headway.door.stages import CachePolicy
 from headway.errors import ArgumentError, HostError, unknown
 from headway.kernels.rope import Layout, rotate
@@ -95,7 +95,7 @@ class StreamingLLM(CachePolicy):
         cache = call.forward.cache
         if not isinstance(cache, StreamingCache):
             return self._read_whole(call)
-        layer = cache.layers[_layer_index(call)]
+        layer = cache.layers[call.site.layer]
         if call.queries == 1 and layer.contiguous and not _narrow(call, self.reach):
             return [self._read_step(call, layer, cache)]
         own = call.query_positions[None] - cache.first.to(call.query.device)[:, None]
@@ -108,13 +108,15 @@ class StreamingLLM(CachePolicy):
     def _read_step(self, call: AttentionCall, layer: StreamingLayer, cache: StreamingCache) -> AttentionCall:
         """One query row: the sinks, placed anew, stand in front of the window in one buffer."""
         own = call.query_positions[-1] - cache.first
-        shift = self._shift(own) if self.positions == "cache" else torch.zeros_like(own)
+        oldest = layer.oldest - cache.first
+        shift = self._shift(own, oldest) if self.positions == "cache" else torch.zeros_like(own)
         key, value = layer.with_sinks(shift - cache.turned_back)
         return call.replace(key=key, value=value, mask=None, causal=False, first_key=0, first_query=None)
 
-    def _shift(self, own: Tensor) -> Tensor:
-        """By how much a query stands further in the text than in the cache."""
-        return (own - self.saturation).clamp(min=0)
+    def _shift(self, own: Int[Tensor, "batch *rows"], oldest: Int[Tensor, "batch *ones"]) -> Tensor:
+        """By how much a query stands further in the text than in the cache, where the window's oldest token has slot S:
+        own − min(own, C) while the window fills by itself, less room after `evict_for_space`."""
+        return torch.maximum(own - self.saturation, oldest - self.sinks).clamp(min=0)
 
     def _read_whole(self, call: AttentionCall) -> Sequence[AttentionCall]:
         """A forward without a cache: the same mathematics over its own tokens."""
@@ -130,9 +132,21 @@ class StreamingLLM(CachePolicy):
             call.value.gather(2, index.expand(-1, call.key.shape[1], -1, call.value.shape[3])),
             torch.where(sink_places == torch.arange(self.sinks), sink_places, -1),
         )
-        frequencies, layout = _frequencies(call, _layer_index(call))
+        frequencies, layout = self._rotary(call)
         own = call.query_positions[None] - first.to(call.query.device)[:, None]
         return self._two_parts(call, sink, (call.key, call.value, places), own, 0, frequencies, layout)
+
+    def _rotary(self, call: AttentionCall) -> tuple[Tensor | None, Layout]:
+        """The host's frequencies at the layer of a call; worked out, with what a host must be, once per forward."""
+        model, scratch = call.forward.model, call.forward.scratch
+        if model is None:
+            raise HostError(
+                f"{call.site.name}: got an attention outside a forward of the model, expected one inside. Run the "
+                "whole model."
+            )
+        if self not in scratch:
+            scratch[self] = _rotary_layers(self, model)
+        return scratch[self][call.site.layer]
 
     def _two_parts(
         self,
@@ -152,7 +166,9 @@ class StreamingLLM(CachePolicy):
         sink_key, sink_value, sink_places = sink
         places, sink_places = places.to(own.device), sink_places.to(own.device)
         reach = self.reach if call.site.window is None else min(self.reach, call.site.window - 1)
-        turned = self._turned(call.query, own, turned_back, frequencies, layout) if self.sinks else call.query
+        turned = (
+            self._turned(call.query, own, places[:, :1], turned_back, frequencies, layout) if self.sinks else call.query
+        )
         block = max(ROW_BLOCK, reach)
         parts = []
         for start in range(0, call.queries, block):
@@ -181,14 +197,14 @@ class StreamingLLM(CachePolicy):
         return parts
 
     def _turned(
-        self, query: Tensor, own: Tensor, turned_back: int, frequencies: Tensor | None, layout: Layout
+        self, query: Tensor, own: Tensor, oldest: Tensor, turned_back: int, frequencies: Tensor | None, layout: Layout
     ) -> Float[Tensor, "batch heads queries dim"]:
         """The queries as they meet the sinks. They stand at own − turned_back; the sinks stand where they were first
         rotated."""
         if frequencies is None:
             return query
         if self.positions == "cache":
-            return rotate(query, turned_back - self._shift(own), frequencies, layout)
+            return rotate(query, turned_back - self._shift(own, oldest), frequencies, layout)
         return rotate(query, torch.full_like(own, turned_back), frequencies, layout) if turned_back else query
 
 
@@ -198,24 +214,10 @@ class StreamingCache(PolicyCache):
     layers: list[StreamingLayer]  # type: ignore[assignment]
 
     def __init__(self, policy: StreamingLLM, model: nn.Module) -> None:
-        require_plain_decoder(model)
+        layers = [StreamingLayer(policy.sinks, policy.reach, *rotary) for rotary in _rotary_layers(policy, model)]
         config = text_config(model)
         positions = getattr(config, "max_position_embeddings", None)
-        if isinstance(positions, int) and policy.capacity > positions:
-            raise HostError(
-                f"sinks, window: got {policy.sinks} + {policy.window} = {policy.capacity}, expected no more than the "
-                f"{positions} positions of {type(model).__name__}. Use a smaller window."
-            )
         limit = policy.rebase_at or max(min(positions or REBASE_AT, REBASE_AT), 2 * policy.capacity)
-        layers = []
-        for index in range(config.num_hidden_layers):
-            frequencies, layout = host_frequencies(model, index)
-            layers.append(StreamingLayer(policy.sinks, policy.reach, frequencies, layout))
-        if all(layer.frequencies is None for layer in layers):
-            raise HostError(
-                f"{type(model).__name__}: got a host without rotary positions, expected RoPE. Learned absolute "
-                "positions and ALiBi cannot be placed anew in a cache of keys."
-            )
         windows = getattr(config, "sliding_window", None)
         if isinstance(windows, int) and windows < policy.reach and getattr(config, "use_sliding_window", True):
             log.warning(
@@ -269,22 +271,10 @@ class StreamingCache(PolicyCache):
         for layer in self.layers:
             layer.evict(max(left, 0))
 
-    def _rows(self, index: Tensor) -> None:
-        self.first = self.first[index.cpu()]
+    def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
+        self.first = move(self.first)
         for layer in self.layers:
             layer.first = self.first
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        super().reorder_cache(beam_idx)
-        self._rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._rows(torch.arange(self.first.numel()).repeat_interleave(repeats))
 
     def reset(self) -> None:
         super().reset()
@@ -295,30 +285,30 @@ class StreamingCache(PolicyCache):
         return sum(layer.sink_store.bytes + layer.window_bytes for layer in self.layers)
 
 
-def first_tokens(mask: Tensor) -> Int[Tensor, " batch"]:
-    """The column of each row's first real token; behind the last one where all are padding."""
-    real = mask.bool()
-    return torch.where(real.any(1), real.long().argmax(1), real.shape[1])
-
-
-def _layer_index(call: AttentionCall) -> int:
-    index = getattr(call.module, "layer_idx", None)
-    return index if isinstance(index, int) else call.site.layer
-
-
 def _narrow(call: AttentionCall, reach: int) -> bool:
     return call.site.window is not None and call.site.window <= reach
 
 
-def _frequencies(call: AttentionCall, layer: int) -> tuple[Tensor | None, Layout]:
-    """Those of the host at a layer, found once per forward."""
-    model, scratch = call.forward.model, call.forward.scratch
-    token = ("rotary frequencies", layer)
-    if token not in scratch:
-        if model is None:
-            raise HostError(
-                f"{call.site.name}: got an attention outside a forward of the model, expected one inside. Run the "
-                "whole model."
-            )
-        scratch[token] = host_frequencies(model, layer)
-    return scratch[token]
+def _rotary_layers(policy: StreamingLLM, model: nn.Module) -> list[tuple[Tensor | None, Layout]]:
+    """The rotary frequencies of every layer. Raises HostError for a host that cannot stream."""
+    require_plain_decoder(model)
+    config = text_config(model)
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and policy.capacity > positions:
+        raise HostError(
+            f"sinks, window: got {policy.sinks} + {policy.window} = {policy.capacity}, expected no more than the "
+            f"{positions} positions of {type(model).__name__}. Use a smaller window."
+        )
+    found = [host_frequencies(model, index) for index in range(config.num_hidden_layers)]
+    if all(frequencies is None for frequencies, _ in found):
+        raise HostError(
+            f"{type(model).__name__}: got a host without rotary positions, expected RoPE. Learned absolute positions "
+            "and ALiBi cannot be placed anew in a cache of keys."
+        )
+    changing = changing_frequencies(model)
+    if changing:
+        raise HostError(
+            f"{type(model).__name__}: got rotary frequencies that change with the length ({changing}), expected fixed "
+            "ones: keys that were turned by others cannot be placed anew. Load it with fixed rope_parameters."
+        )
+    return found

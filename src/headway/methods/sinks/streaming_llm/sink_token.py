@@ -19,7 +19,9 @@ from headway.errors import HostError
 
 class ZeroSink(Editor):
     """w_ij = exp(s_ij) / (1 + Σ_j exp(s_ij)): as if every row saw one more key, with logit 0 and value 0. A host with
-    learned sinks has its own denominator and is refused."""
+    learned sinks has its own denominator and is refused. Cache policies carry the sink along."""
+
+    reads_parts = True
 
     def edit_call(self, call: AttentionCall) -> AttentionCall:
         if call.sinks is not None:
