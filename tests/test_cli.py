@@ -74,6 +74,23 @@ def test_an_interrupted_look_leaves_the_old_report(folder, tmp_path):
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
 
 
+def test_an_interrupt_tells_how_to_go_on(capsys, monkeypatch):
+    """typer turns an interrupt into an exit code; what the interrupt carries along is printed all the same."""
+    from headway import cli
+
+    def interrupted(*_: object, **__: object) -> None:
+        error = KeyboardInterrupt()
+        error.add_note("Continue with: headway prove tappa --resume runs/tappa/1")
+        raise error
+
+    monkeypatch.setattr("headway.evidence.command.prove", interrupted)
+    monkeypatch.setattr("sys.argv", ["headway", "prove", "tappa"])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 130
+    assert "--resume runs/tappa/1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -268,10 +268,19 @@ def main() -> Any:
         typer.secho(f"headway: {error}", fg="red", err=True)
         _print_notes(error)
         sys.exit(1)
-    except KeyboardInterrupt as error:
-        typer.secho("headway: interrupted; nothing half-written was left behind", fg="yellow", err=True)
-        _print_notes(error)
-        sys.exit(130)
+    except SystemExit as done:
+        interrupt = _interrupt_behind(done)
+        if interrupt is not None:
+            typer.secho("headway: interrupted; nothing half-written was left behind", fg="yellow", err=True)
+            _print_notes(interrupt)
+        raise
+
+
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interrupt that typer turned into an exit code."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _print_notes(error: BaseException) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import headway
+from headway.door import FixedPattern, SuppressBlocks, UniformHeads, ZeroValues
 from headway.door.stages import CachePolicy
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, ConflictError
 
 MakePolicy = Callable[[], CachePolicy]
 
@@ -175,3 +176,72 @@ def check_refuses_crop(model: nn.Module, make: MakePolicy) -> None:
         cache = model(input_ids=tokens(1, 12), use_cache=True).past_key_values
         with pytest.raises(ArgumentError, match="take back"):
             cache.crop(-2)
+
+
+def check_refuses_assisted_decoding(model: nn.Module, make: MakePolicy) -> None:
+    """Assisted decoding takes tokens back as soon as a guess is wrong; the refusal says what to do."""
+    ids = tokens(1, 6).repeat(1, 3)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with headway.use(model, make()), pytest.raises(ArgumentError, match="without assisted decoding"):
+        model.generate(ids, prompt_lookup_num_tokens=3, **options)
+
+
+def check_static_cache(model: nn.Module, make: MakePolicy) -> None:
+    """`generate` with a static cache, whose mask is one of pairs, gives what it gives without, also behind padding."""
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for pads in ([0, 0], [0, 5]):
+        ids, mask = padded_left(tokens(2, 16), pads)
+        with headway.use(model, make()):
+            plain = model.generate(ids, attention_mask=mask, **options)
+            static = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+        assert static.tolist() == plain.tolist(), pads
+
+
+def check_refuses_free_masks(model: nn.Module, make: MakePolicy) -> None:
+    """A mask of pairs that hides more than padding and the future would stand over the wrong keys."""
+    free = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    free[..., 5, 2] = False
+    with headway.use(model, make()), torch.no_grad():
+        for cached in (True, False):
+            with pytest.raises(ArgumentError, match="attention_mask: got a mask of four dimensions"):
+                model(input_ids=tokens(1, 8), attention_mask=free, use_cache=cached)
+
+
+def check_refuses_blind_editors(model: nn.Module, make: MakePolicy) -> None:
+    """Editors that read keys, values, masks or weights of whole calls are refused on attach, and both are named."""
+    blind = [
+        UniformHeads(heads=[(0, 0)]),
+        ZeroValues(positions=[0]),
+        SuppressBlocks(blocks=[((3, 9), (0, 2))]),
+        FixedPattern(patterns={(0, 0): torch.eye(20)}),
+    ]
+    policy = make()
+    for editor in blind:
+        with pytest.raises(ConflictError, match=rf"{policy.title} and {editor.title}, which needs all keys"):
+            headway.use(model, policy, editor).attach()
+        with headway.use(model, policy), pytest.raises(ConflictError, match=editor.title):
+            headway.use(model, editor).attach()
+        with (
+            headway.use(model, make(), editor, selftest=False),
+            torch.no_grad(),
+            pytest.raises(ConflictError, match=editor.title),
+        ):
+            model(input_ids=tokens(1, 12), use_cache=True)
+
+
+def check_whole_model_only(model: nn.Module, make: MakePolicy) -> None:
+    """A scope over some layers or sites is refused, also where the sites are not known before the first forward."""
+    for options in ({"layers": [1]}, {"sites": ["*.0.*"]}):
+        for selftest in (True, False):
+            with pytest.raises(ConflictError, match="expected the whole model"):
+                headway.use(model, make(), selftest=selftest, **options).attach()
+
+
+#: What has nothing to do with a host's kind of attention: one host is enough.
+ONCE = [
+    check_refuses_assisted_decoding,
+    check_static_cache,
+    check_refuses_free_masks,
+    check_refuses_blind_editors,
+    check_whole_model_only,
+]

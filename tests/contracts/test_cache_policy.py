@@ -81,6 +81,11 @@ def test_a_policy_that_drops_meets_the_contract(name, check):
     check(CAUSAL[name](), lambda: KeepLast(5))
 
 
+@pytest.mark.parametrize("check", contract.ONCE)
+def test_a_policy_refuses_or_carries_what_it_is_used_with(check):
+    check(CAUSAL["llama"](), lambda: KeepLast(5))
+
+
 def test_logical_and_stored_length_are_told_apart():
     contract.check_lengths(decoder("Llama", num_key_value_heads=2), lambda: KeepLast(None), 24)
     model = decoder("Llama")

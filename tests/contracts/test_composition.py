@@ -59,24 +59,41 @@ def test_a_prompt_of_blocks_and_steps_of_two_kinds_of_heads():
         contract.close(whole, model(input_ids=ids).logits, "all of it")
 
 
-def test_act_joins_both_or_names_whom_it_cannot_join():
-    """Named heads of DuoAttention's decoding read parts of a row, where ACT has to know them."""
+@pytest.mark.parametrize("scope", ["prompt", "causal"])
+def test_act_calibrates_heads_of_a_policy_that_narrows_decoding(scope):
+    """Where the policy drops nothing, its parts say what the host's own calls say; heads of both kinds are named."""
     model, ids = host("llama"), tokens()
-    act = ACT(heads=[(0, 0), (0, 1), (1, 3)])
+    act = ACT(heads=[(0, 0), (0, 1), (0, 3), (1, 3)], beta=0.0, scope=scope, tau=0.01)
+    with headway.use(model, act):
+        alone = read(model, ids, contract.decodes())
+    with headway.use(model, duo(recent=2 * TOKENS), act):
+        contract.close(read(model, ids, contract.decodes()), alone, "nothing dropped")
+    with headway.use(model, duo()):
+        without = read(model, ids, contract.decodes())
+    with headway.use(model, duo(), act):
+        joined = read(model, ids, contract.decodes())
+    assert not torch.allclose(joined[:, -1], without[:, -1])
+    assert not torch.allclose(joined[:, -1], alone[:, -1])
+
+
+def test_three_methods_share_a_request():
+    """Blocks in prefill, two kinds of heads in decoding, named heads calibrated in both; beams move all of it."""
+    model, ids = host("llama"), tokens()
     before = contract.snapshot(model)
-
-    def together():
-        with headway.use(model, flex(), duo(), act):
-            return read(model, ids, contract.decodes())
-
-    logits = contract.outcome(together)
-    if isinstance(logits, ConflictError):
-        assert "DuoAttention" in str(logits)
-        assert "ACT" in str(logits)
-    else:
-        with headway.use(model, flex(), duo()):
-            assert not torch.allclose(logits, read(model, ids, contract.decodes()))
+    act = ACT(heads=[(0, 0), (1, 3)], scope="causal", tau=0.01, beta=0.0)
+    with headway.use(model, flex(), duo(), act) as handle:
+        together = read(model, ids, contract.decodes())
+        out = model.generate(ids[:, :80], num_beams=2, **GENERATE)
+    assert {path for found in paths(handle) for path in found} >= {"policy", "masked"}
+    assert out.shape == (1, 84)
+    with headway.use(model, flex(), duo()):
+        assert not torch.allclose(together, read(model, ids, contract.decodes()))
     contract.same(before, contract.snapshot(model))
+
+
+def test_act_beside_a_policy_that_narrows_the_prompt_is_refused_by_name():
+    with pytest.raises(ConflictError, match=r"DuoAttention and ACT|ACT and DuoAttention"):
+        headway.use(host("llama"), duo(prefill="streaming"), ACT(heads=[(0, 0)])).attach()
 
 
 def test_act_calibrates_what_flexprefill_selected():

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import headway
 from headway.door import AttentionCall, BlockMask, Blocks, Dense, Keys, Selector, Window
 from headway.door.execute import execute, selection_density
 from headway.errors import ArgumentError, EmptyRowError
 from headway.kernels import block_sparse
-from headway.kernels.dense import dense_attention
-from headway.kernels.gathered import gathered_attention
 from tests.contracts.cache_policy import padded_left, tokens
 from tests.door.hosts import CAUSAL
 
@@ -74,46 +70,6 @@ def test_sparse_kernels_equal_the_mask(host, kind, pads):
     torch.testing.assert_close(got[rows], want[rows], atol=2e-4, rtol=0)
     assert {path for row in slow.report() for path in row["paths"]} == {"masked"}
     assert {path for row in fast.report() for path in row["paths"]} == {kind.split(",")[0].split(" ")[0]}
-
-
-@given(
-    seed=st.integers(0, 1000),
-    batch=st.integers(1, 2),
-    kv_heads=st.integers(1, 2),
-    groups=st.integers(1, 3),
-    queries=st.integers(1, 13),
-    past=st.integers(0, 6),
-    size=st.sampled_from([None, 1, 3, 4]),
-    per=st.sampled_from(["all", "kv", "head"]),
-    causal=st.booleans(),
-    masked=st.booleans(),
-    softcap=st.sampled_from([None, 3.0]),
-)
-@settings(max_examples=80, deadline=None)
-def test_listed_keys_equal_the_mask(
-    seed, batch, kv_heads, groups, queries, past, size, per, causal, masked, softcap
-):  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    keys, heads = queries + past, kv_heads * groups
-    query = torch.randn(batch, heads, queries, 8, generator=generator)
-    key, value = (torch.randn(batch, kv_heads, keys, 8, generator=generator) for _ in range(2))
-    lists = 1 if size is None else -(-queries // size)
-    shape = (batch, {"all": 1, "kv": kv_heads, "head": heads}[per], lists, 5)
-    index = torch.randint(0, keys, shape, generator=generator)
-    valid = torch.rand(shape, generator=generator) > 0.3
-    mask = torch.rand(batch, 1, queries, keys, generator=generator) > 0.3 if masked else None
-    selection = Keys(index, valid, size)
-    chosen = selection.to_bool(queries, keys)
-    chosen = chosen if chosen.shape[1] in (1, heads) else chosen.repeat_interleave(groups, 1)
-    want, want_lse = dense_attention(
-        query, key, value, causal=causal, softcap=softcap, mask=chosen if mask is None else chosen & mask,
-        empty_rows="zero",
-    )  # fmt: skip
-    got, lse = gathered_attention(
-        query, key, value, index, valid, query_block=size, causal=causal, mask=mask, softcap=softcap
-    )
-    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
-    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=0)
 
 
 def _call(queries=12, keys=12, heads=2) -> AttentionCall:

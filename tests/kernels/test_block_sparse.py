@@ -26,6 +26,7 @@ CASES = {
     "groups": st.integers(1, 3),
     "queries": st.integers(1, 21),
     "past": st.integers(0, 9),
+    "shift": st.sampled_from([0, 0, -2, 3]),
     "query_block": st.sampled_from([1, 3, 4, 8]),
     "key_block": st.sampled_from([2, 4, 5]),
     "causal": st.booleans(),
@@ -39,7 +40,7 @@ CASES = {
 
 
 def _case(
-    seed, batch, kv_heads, groups, queries, past, query_block, key_block, causal, per, masked, band, softcap,
+    seed, batch, kv_heads, groups, queries, past, shift, query_block, key_block, causal, per, masked, band, softcap,
     learned, value_dim,
 ):  # fmt: skip
     keys = queries + past
@@ -58,6 +59,7 @@ def _case(
     options = {
         "query_block": query_block, "key_block": key_block, "causal": causal, "mask": mask, "band": band,
         "softcap": softcap, "sinks": torch.randn(kv_heads * groups, generator=generator) if learned else None,
+        "offset": past + shift if shift else None,
     }  # fmt: skip
     return (query, key, value, blocks), options
 
@@ -112,17 +114,102 @@ def test_all_blocks_are_dense_attention():
     torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=0)
 
 
-def test_gradients_agree_with_the_reference():
-    query, key, value, generator = (x for x in _tensors(3, 1, 2, 2, 13, 13))
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients_agree_with_the_reference(softcap, learned):
+    query, key, value, generator = _tensors(3, 1, 2, 2, 13, 13)
+    sinks = torch.randn(4, generator=generator) if learned else None
     blocks = (torch.rand(1, 4, 4, 4, generator=generator) > 0.5) | torch.eye(4, dtype=torch.bool)
     grads = {}
     for form in ("masked", "gather"):
-        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-        out, _ = block_sparse_attention(*leaves, blocks, query_block=4, key_block=4, causal=True, form=form)
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, *([sinks] if learned else []))]
+        options = {"softcap": softcap, "sinks": leaves[3] if learned else None, "causal": True, "form": form}
+        out, _ = block_sparse_attention(*leaves[:3], blocks, query_block=4, key_block=4, **options)
         out.square().sum().backward()
         grads[form] = [x.grad for x in leaves]
     for got, want in zip(grads["gather"], grads["masked"], strict=True):
         torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+
+
+def test_gradients_are_those_of_finite_differences():
+    """Ragged blocks, a choice of each head, shared keys, float64."""
+    query, key, value, generator = _tensors(8, 1, 2, 2, 7, 7, dim=3, value_dim=3)
+    blocks = (torch.rand(1, 4, 3, 3, generator=generator) > 0.5) | torch.eye(3, dtype=torch.bool)
+
+    def run(*tensors):
+        return block_sparse_attention(*tensors, blocks, query_block=3, key_block=3, causal=True, form="gather")[0]
+
+    assert torch.autograd.gradcheck(run, [x.double().requires_grad_() for x in (query, key, value)])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_work_in_many_steps_is_the_same(learned, masked, monkeypatch):
+    """With room for two items at a time, whatever their number."""
+    from headway.kernels import block_sparse
+
+    monkeypatch.setattr(block_sparse.torch, "get_num_threads", lambda: 1)
+    query, key, value, generator = _tensors(9, 2, 2, 3, 50, 50)
+    blocks = torch.rand(2, 2, 7, 7, generator=generator) > 0.4
+    options = {
+        "query_block": 8, "key_block": 8, "causal": True,
+        "sinks": torch.randn(6, generator=generator) if learned else None,
+        "mask": torch.rand(2, 1, 1, 50, generator=generator) > 0.2 if masked else None,
+    }  # fmt: skip
+    whole = block_sparse_attention(query, key, value, blocks, form="gather", **options)
+    monkeypatch.setattr(block_sparse, "STEP_BYTES", 1)
+    steps = []
+    plain = block_sparse._Tiles._attend
+    monkeypatch.setattr(block_sparse._Tiles, "_attend", lambda *args: steps.append(1) or plain(*args))
+    by_steps = block_sparse_attention(query, key, value, blocks, form="gather", **options)
+    assert len(steps) > 10
+    for got, want in zip(by_steps, whole, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+def test_blocks_that_no_row_selects_are_never_read():
+    """Poisoned, they would show: a mask over dense work would read them."""
+    query, key, value, _ = _tensors(10, 1, 2, 2, 61, 61)
+    blocks = torch.eye(8, dtype=torch.bool)[None, None].clone()
+    blocks[..., 0] = True
+    blocks[:, :, 6:, 3] = True
+    blocks[:, :, 2] = blocks[:, :, 4] = torch.arange(8) == 0
+    options = {"query_block": 8, "key_block": 8, "causal": True, "form": "gather"}
+    clean = block_sparse_attention(query, key, value, blocks, **options)
+    for x in (key, value):
+        x[:, :, 16:24] = x[:, :, 32:40] = torch.nan
+    for got, want in zip(block_sparse_attention(query, key, value, blocks, **options), clean, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_keys_of_grouped_heads_are_never_repeated(monkeypatch):
+    from headway.kernels.gathered import gathered_attention
+
+    repeated = []
+    plain = torch.Tensor.repeat_interleave
+
+    def spy(x, *args, **kwargs):
+        repeated.append(x.is_floating_point())
+        return plain(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", spy)
+    query, key, value, generator = _tensors(11, 1, 2, 3, 32, 32)
+    for heads in (1, 2, 6):
+        blocks = (torch.rand(1, heads, 4, 4, generator=generator) > 0.5) | torch.eye(4, dtype=torch.bool)
+        for form in ("masked", "gather"):
+            block_sparse_attention(query, key, value, blocks, query_block=8, key_block=8, causal=True, form=form)
+        index = torch.randint(0, 32, (1, heads, 4, 6), generator=generator)
+        gathered_attention(query, key, value, index, query_block=8)
+    assert repeated
+    assert not any(repeated)
+
+
+def test_the_form_on_a_cpu_is_the_gathered_one():
+    query, key, value, generator = _tensors(12, 1, 2, 2, 32, 32)
+    blocks = (torch.rand(1, 4, 4, 4, generator=generator) > 0.5) | torch.eye(4, dtype=torch.bool)
+    options = {"query_block": 8, "key_block": 8, "causal": True}
+    auto, gather = (block_sparse_attention(query, key, value, blocks, form=f, **options) for f in ("auto", "gather"))
+    assert torch.equal(auto[0], gather[0])
 
 
 def test_bfloat16_stays_near_float32():

@@ -19,8 +19,10 @@ from headway.hosts.tiny import tiny_host
 from headway.kernels.gathered import gathered_attention
 from headway.methods.long_context.dhsa import (
     DHSA,
+    BoundaryPredictor,
     Fixed,
     Given,
+    Predicted,
     Similarity,
     at_budget,
     choose_tokens,
@@ -310,6 +312,16 @@ class TestSharing:
             )
             assert (first is second) == share
 
+    def test_keys_are_not_shared_between_layers_that_see_differently_far(self):
+        forward, stage, chosen = Forward(), DHSA(share_selection=True, **SMALL), []
+        for window in (None, 80, None, 80):
+            call = call_of(150).replace(forward=forward)
+            site = call.site.__class__(**(vars(call.site) | {"window": window}))
+            chosen.append(stage.select(call.replace(site=site)))
+        assert chosen[0] is chosen[2]
+        assert chosen[1] is chosen[3]
+        assert chosen[0] is not chosen[1]
+
 
 @torch.no_grad()
 def steps(model, ids, prompt, cache=None, mask=None):
@@ -445,12 +457,41 @@ class TestRequests:
             alone, _ = steps(host, ids[1:, 32:], 124)
         torch.testing.assert_close(both[1, 32:], alone[0], atol=1e-3, rtol=1e-3)
 
-    def test_any_padding_gives_finite_rows(self, host):
+    @pytest.mark.parametrize("pads", [0, 32])
+    def test_a_static_cache_gives_what_a_growing_one_gives(self, host, pads):
+        ids, mask = ids_of(150, batch=2), torch.ones(2, 150).long()
+        ids[1, :pads], mask[1, :pads] = 0, 0
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": mask}
+        with headway.use(host, DHSA(**SMALL)):
+            growing = host.generate(ids, **options)
+            static = host.generate(ids, cache_implementation="static", **options)
+        assert static.tolist() == growing.tolist()
+
+    def test_a_short_prompt_gives_way_to_dense_attention_and_the_report_says_so(self, host):
+        with headway.use(host, DHSA(**(SMALL | {"approximates": True}))) as handle, torch.no_grad():
+            host(input_ids=ids_of(150))
+        assert {path for row in handle.report() for path in row["paths"]} == {"native: dense is as fast"}
+
+    @pytest.mark.parametrize("pool", ["mean", "max"])
+    def test_values_may_have_another_width_than_keys(self, pool):
+        call = call_of(150)
+        wide = call.replace(value=torch.randn(1, 2, 150, 5, generator=torch.Generator().manual_seed(1)))
+        stage = DHSA(query_pool=pool, **SMALL)
+        done = execute(wide, [stage], [])
+        expected, lse = wide.replace(mask=kept(stage, call_of(150)).repeat_interleave(2, 1)).attend()
+        torch.testing.assert_close(done.output, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(done.lse, lse, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("pool", ["mean", "max"])
+    def test_any_padding_gives_finite_rows(self, host, pool):
         ids, mask = ids_of(150, batch=2), torch.ones(2, 150).long()
         ids[1, :27], mask[1, :27] = 0, 0
-        with headway.use(host, DHSA(**SMALL)):
+        with headway.use(host, DHSA(query_pool=pool, **SMALL)):
             both, _ = steps(host, ids, 148, mask=mask)
+            other = ids.masked_fill(mask == 0, 7)
+            again, _ = steps(host, other, 148, mask=mask)
         assert bool(torch.isfinite(both[1, 27:]).all())
+        torch.testing.assert_close(again[1, 27:], both[1, 27:], atol=1e-4, rtol=1e-4)
 
     def test_a_window_wider_than_the_budget_is_narrowed_and_a_shorter_one_left_alone(self):
         for window, path in ((96, "keys"), (40, "native")):
@@ -541,6 +582,17 @@ class TestRequests:
 
 
 class TestArguments:
+    def test_the_defaults_are_those_of_the_released_code_but_for_what_the_text_names(self):
+        stage = DHSA()
+        assert (stage.budget, stage.block, stage.local_tokens, stage.global_tokens, stage.suffix) == (
+            2048, 64, 128, 128, 64,
+        )  # fmt: skip
+        assert (stage.norm, stage.queries, stage.query_pool) == ("sqrt", "blocks", "mean")
+        assert (stage.share_boundaries, stage.share_selection) == (True, False)
+        assert (stage.heads, stage.decode, stage.boundaries) == ("kv", "sparse", Similarity())
+        cut = Predicted(predictor=BoundaryPredictor(16))
+        assert (cut.threshold, cut.apart, cut.chunk_tokens, cut.window) == (1.1, 8, 8, 4)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -217,6 +217,35 @@ class TestTraining:
         assert scores.f1 == pytest.approx(2 / 3)
         assert scores.rate == pytest.approx(3 / 25)
 
+    @pytest.mark.parametrize(("best", "overlap"), [(3, 2 / 3), (2, 1.0)])
+    def test_overlap_is_that_of_the_best_gaps_of_both(self, best, overlap):
+        class Says(BoundaryPredictor):
+            def forward(self, keys):
+                return keys[..., 0]
+
+        ratio, keys = torch.ones(60), torch.zeros(60, 8)
+        ratio[[10, 20, 30]] = torch.tensor([9.0, 8.0, 7.0])
+        keys[[20, 10, 40], 0] = torch.tensor([3.0, 2.0, 1.0])
+        # Nothing within 2w of an end counts.
+        keys[[0, 59], 0] = 9.0
+        assert score_predictor(Says(8), [Recorded(keys, ratio, 0, 0)], best=best).overlap == pytest.approx(overlap)
+
+    def test_a_step_is_taken_for_each_text_over_all_its_layers(self, host, monkeypatch):
+        """Two epochs of two kept texts of three layers: twelve losses, four steps at the released rate."""
+        steps, rates = [], []
+        plain = torch.optim.Adam.step
+
+        def step(optimizer, *args):
+            steps.append(1)
+            rates.append(optimizer.param_groups[0]["lr"])
+            return plain(optimizer, *args)
+
+        monkeypatch.setattr(torch.optim.Adam, "step", step)
+        samples = [Recorded(s.keys, s.ratio, layer, s.text) for s in planted(3) for layer in range(3)]
+        trained = train_predictor(host, samples, heads=4)
+        assert len(trained.held_out) == 1
+        assert (len(steps), set(rates)) == (4, {1e-4})
+
     def test_one_text_or_no_epoch_is_refused(self, host):
         with pytest.raises(ArgumentError, match="got 1 texts"):
             train_predictor(host, planted(1))

@@ -13,6 +13,7 @@ from tests.door.hosts import CAUSAL, decoder
 
 import headway
 from headway.door import AttentionCall, Editor, Selector, Window
+from headway.door.stages import PHASES
 from headway.errors import ArgumentError, ConflictError, HostError
 from headway.hosts.tiny import tiny_host
 from headway.kernels.dense import dense_attention
@@ -203,7 +204,7 @@ def test_query_heads_of_a_kv_head_share_its_decision():
     seen = []
 
     class Sites(Editor):
-        reads_parts = True
+        reads_parts = PHASES
 
         def edit_weights(self, call, weights, rows):
             seen.append((call.of_heads.tolist(), call.keys))

@@ -14,6 +14,7 @@ from tests.door.hosts import CAUSAL, decoder
 
 import headway
 from headway.door import Editor
+from headway.door.stages import PHASES
 from headway.errors import ArgumentError, HostError, NumericError
 from headway.hosts.tiny import tiny_host
 from headway.kernels.rope import rope_frequencies
@@ -412,7 +413,8 @@ def test_distant_mass_is_what_lies_outside_sinks_and_recent_keys():
     distant = (columns >= S) & (rows - columns > R)
 
     class Read(Editor):
-        reads_parts = keeps_weights = True
+        reads_parts = PHASES
+        keeps_weights = True
 
         def edit_weights(self, call, weights, some):
             mass = (weights * distant[some]).sum(-1)[0][:, some > S + R].sum(-1) / (30 - S - R - 1)

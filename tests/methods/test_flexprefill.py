@@ -19,9 +19,7 @@ from headway.door.execute import Executed, execute
 from headway.errors import ArgumentError
 from headway.kernels.pooling import (
     block_means,
-    block_similarity,
     block_sums,
-    cover,
     mass_before,
     mass_before_rank,
     offset_blocks,
@@ -30,7 +28,7 @@ from headway.kernels.pooling import (
 )
 from headway.kernels.rope import rope_frequencies, rotate
 from headway.methods.long_context.flexprefill import CARD, FlexPrefill, at_budget, select_blocks
-from headway.methods.long_context.flexprefill.probe import mean_by_offset, probe_rows, probe_weights
+from headway.methods.long_context.flexprefill.probe import mean_by_offset, pooled_map, probe_rows, probe_weights
 
 
 def flex(**options) -> FlexPrefill:
@@ -72,6 +70,12 @@ def planted(kind: str, length: int = 1024, dim: int = 32, seed: int = 0) -> Atte
 
 def kept_mass(call: AttentionCall, blocks) -> torch.Tensor:
     return (call.weights() * blocks.to_bool()).sum(-1)
+
+
+def cover(mass: torch.Tensor, share: float) -> int:
+    """How many of the largest entries it takes to reach a share, by counting."""
+    running = mass.sort(descending=True).values.cumsum(-1)
+    return min(int((running < share).sum()) + 1, mass.numel())
 
 
 def test_card_names_the_paper():
@@ -128,7 +132,7 @@ def test_blocks_are_those_of_the_rule_written_out(seed, gamma, count):
         by_column = block_sums(vertical[0, head], 4)
         by_distance = (offset_blocks if count == "blocks" else block_sums)(slash[0, head], 4)
         wide, deep = (
-            int(cover(block, gamma)) if count == "blocks" else int(cover(token, gamma)) // 4 + 1
+            cover(block, gamma) if count == "blocks" else cover(token, gamma) // 4 + 1
             for block, token in ((by_column, vertical[0, head]), (by_distance, slash[0, head]))
         )
         columns = {0, *by_column.argsort(descending=True)[:wide].tolist()}
@@ -345,6 +349,9 @@ def test_no_row_uses_a_later_key_and_heads_may_share_keys():
         query=repeated.query[:, order], key=repeated.key[:, order], value=repeated.value[:, order]
     )
     assert torch.equal(flex(gamma=0.5).blocks_of(turned).mask.blocks, mask.blocks[:, order])
+    shared, alone, permuted = (execute(c, [flex(gamma=0.5)], []).output for c in (call, repeated, turned))
+    torch.testing.assert_close(shared, alone)
+    torch.testing.assert_close(permuted, alone[:, order])
 
 
 def test_a_batch_is_its_rows_and_padding_moves_the_sink():
@@ -401,6 +408,11 @@ def test_soft_capped_logits_are_capped_in_the_probe():
     call = make_call(64, scale=20.0, softcap=3.0)
     weights = probe_weights(call, probe_rows(call, 4, None), None)
     torch.testing.assert_close(weights, call.weights(torch.arange(60, 64)))
+    query, key = (block_means(x, 4) for x in (call.query, call.key))
+    logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * call.scale
+    logits = 3.0 * torch.tanh(logits / 3.0)
+    logits += torch.full_like(logits, -torch.inf).triu(1)
+    torch.testing.assert_close(pooled_map(call, 4), logits.softmax(-1))
 
 
 def test_values_may_have_another_width_than_keys_and_the_log_sum_exp_is_that_of_what_was_read():
@@ -448,7 +460,7 @@ class _Fixed(headway.door.Selector):
 
 
 @pytest.mark.parametrize("name", list(CAUSAL))
-def test_generation_streams_and_beams_work_with_a_sparse_prefill(name):
+def test_generation_and_beams_work_with_a_sparse_prefill(name):
     model = CAUSAL[name]()
     ids = contract.tokens(1, 24)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -484,13 +496,32 @@ def test_left_padded_prompts_run_and_read_no_padding():
     torch.testing.assert_close(got[mask.bool()], again[mask.bool()])
 
 
+@pytest.mark.parametrize("pads", [[0, 0], [0, 7]])
+def test_a_static_cache_gives_what_a_growing_one_gives(pads):
+    """Its empty slots are no keys, and padding is known though the host gets a mask of pairs."""
+    model = decoder("Llama")
+    ids, mask = contract.padded_left(contract.tokens(2, 40), pads)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    with headway.use(model, flex(gamma=0.5)) as handle:
+        growing = model.generate(ids, **options)
+        static = model.generate(ids, cache_implementation="static", **options)
+    assert static.tolist() == growing.tolist()
+    assert all(row["paths"]["blocks"] == 2 for row in handle.report())
+
+
 def test_a_prompt_in_pieces_is_refused_or_dense():
     model = decoder("Llama")
     ids = contract.tokens(1, 40)
     with headway.use(model, flex()), pytest.raises(ArgumentError, match=r"got 20 queries on 40 keys.*whole\s+prompt"):
         contract.run_in_chunks(model, ids, [20, 20])
-    with headway.use(model, flex(chunks="dense")):
-        contract.run_in_chunks(model, ids, [20, 20])
+    with headway.use(model, flex(chunks="dense")) as handle:
+        got = contract.run_in_chunks(model, ids, [20, 20])
+    assert [row["paths"] for row in handle.report()] == [{"blocks": 1, "native": 1}] * 3
+    with torch.no_grad(), headway.use(model, flex(chunks="dense")):
+        cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+    with torch.no_grad():
+        rest = model(input_ids=ids[:, 20:], past_key_values=cache).logits
+    assert torch.equal(got[:, 20:], rest)
 
 
 def test_sliding_layers_are_left_alone():
@@ -500,12 +531,62 @@ def test_sliding_layers_are_left_alone():
     assert {p for row in handle.report() for p in row["paths"]} == {"native"}
 
 
-def test_zero_probabilities_and_huge_logits_give_no_nan():
+def test_zero_probabilities_give_no_nan():
     call = make_call(64, scale=200.0)
-    found = flex(tau=0.1).blocks_of(call)
-    assert bool(torch.isfinite(found.divergence).all())
+    assert bool((probe_weights(call, probe_rows(call, 4, None), None) == 0).any())
+    assert bool(torch.isfinite(flex(tau=0.1).blocks_of(call).divergence).all())
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_logits_beyond_half_precision_choose_the_blocks_of_full_precision(tau):
+    call = make_call(64, scale=9000.0)
     half = call.replace(query=call.query.half(), key=call.key.half(), value=call.value.half())
-    assert bool(torch.isfinite(flex().blocks_of(half).divergence).all())
+    assert bool(torch.isinf(half.query @ half.key.repeat_interleave(2, 1).transpose(-1, -2)).any())
+    full = half.replace(query=half.query.float(), key=half.key.float(), value=half.value.float())
+    found, wanted = (flex(tau=tau, gamma=0.7).blocks_of(c) for c in (half, full))
+    assert bool(torch.isfinite(found.divergence).all())
+    assert torch.equal(found.mask.blocks, wanted.mask.blocks)
+
+
+def test_a_sequence_of_nothing_but_padding_changes_no_other():
+    call = make_call(40, batch=2)
+    padding = torch.ones(2, 40, dtype=torch.bool)
+    padding[1] = False
+    found = flex(gamma=0.6).blocks_of(call.replace(forward=Forward(padding=padding)))
+    assert torch.equal(found.mask.blocks[0], flex(gamma=0.6).blocks_of(call).mask.blocks[0])
+    assert bool(torch.isfinite(found.divergence).all())
+    assert bool(found.mask.blocks[1].diagonal(dim1=1, dim2=2).all())
+
+
+def test_the_defaults_are_those_of_the_released_code():
+    method = FlexPrefill()
+    assert (method.gamma, method.tau, method.min_budget, method.max_budget, method.block) == (0.9, 0.1, 1024, None, 128)
+    assert (method.selection, method.stop) == ("global", "separate")
+    assert flex(min_budget=None).min_blocks == 1
+    with pytest.raises(TypeError, match="positional"):
+        FlexPrefill(0.9)
+
+
+@pytest.mark.parametrize(("options", "cutoff"), [({"min_budget": 10}, 12), ({"min_budget": None}, 8)])
+def test_prompts_are_dense_up_to_two_blocks_or_the_least_budget_and_sparse_beyond(options, cutoff):
+    method = flex(gamma=0.5, **options)
+    assert method.dense_up_to == cutoff
+    assert isinstance(method.select(make_call(cutoff)), headway.door.Dense)
+    assert isinstance(method.select(make_call(cutoff + 1)), headway.door.Blocks)
+
+
+def test_a_block_longer_than_the_prompt_is_one_block():
+    call = make_call(10)
+    assert isinstance(flex(block=16).select(call), headway.door.Dense)
+    assert select_blocks(call.query, call.key, block=16).mask.blocks.tolist() == [[[[True]]] * 4]
+
+
+def test_what_early_rows_read_depends_on_later_tokens_through_the_probe_and_the_stage_says_so():
+    call = make_call(64)
+    other = call.replace(query=torch.cat([call.query[:, :, :60], -call.query[:, :, 60:]], 2))
+    one, two = (flex(gamma=0.5).blocks_of(c).mask.blocks for c in (call, other))
+    assert not torch.equal(one[:, :, :15], two[:, :, :15])
+    assert "last block" in FlexPrefill.looks_ahead
 
 
 def test_bad_numbers_are_refused():
@@ -528,9 +609,6 @@ def test_pooling():
     torch.testing.assert_close(
         offset_blocks(torch.tensor([1.0, 2.0, 0.0, 4.0, 8.0]), 2), torch.tensor([2.0, 3.0, 10.0])
     )
-    assert int(cover(x, 0.79)) == 2
-    assert int(cover(x, 0.81)) == 3
-    assert int(cover(x, 2.0)) == 3
     assert ranks(torch.tensor([1.0, 3.0, 1.0])).tolist() == [1, 0, 2]
     assert block_sums(torch.arange(5.0), 2).tolist() == [1.0, 5.0, 4.0]
     real = torch.tensor([[False, True, True]])
@@ -540,10 +618,6 @@ def test_pooling():
         math.sqrt(math.log(2))
     )
     assert float(root_jensen_shannon(x, x)) == 0
-    alike = torch.ones(1, 1, 4, 3)
-    assert block_similarity(alike, 4).item() == pytest.approx(1.0)
-    opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])[None, None]
-    assert block_similarity(opposite, 2).item() == pytest.approx(0.0)
     with pytest.raises(ArgumentError, match="block"):
         block_sums(x, 0)
 

@@ -498,6 +498,25 @@ def test_settings_that_cannot_be_used_are_named(name, value):
         Settings(**{name: value})
 
 
+def test_the_defaults_are_those_of_the_released_code():
+    chosen = Settings()
+    assert (chosen.window, chosen.topk, chosen.phrase, chosen.layer) == (1024, 300, 8, -1)
+    assert (chosen.weighting, chosen.power, chosen.refresh, chosen.cue) == ("squared", 2, False, True)
+    assert (chosen.keep, chosen.heads) == ("replace", None)
+
+
+@pytest.mark.parametrize("count", [0, -2, 1.5, True])
+def test_a_number_of_best_tokens_that_is_none_is_named(count):
+    with pytest.raises(ArgumentError, match="topk: got"):
+        rank_sentences(torch.rand(6), [2, 4], count)
+
+
+@pytest.mark.parametrize("width", [0, -1, 2.0, True])
+def test_a_width_that_is_none_is_named(width):
+    with pytest.raises(ArgumentError, match="phrase: got"):
+        phrase_smooth(torch.rand(6), width)
+
+
 def test_sizes_that_exceed_the_model_are_added_up_before_anything_runs():
     with pytest.raises(ArgumentError, match=r"window 1,024 \+ kept 900 \+ template and question 60 exceeds .* 1,024"):
         Settings(budget=900).budget_for(1024, 60, 128)

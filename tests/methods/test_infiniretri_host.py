@@ -107,6 +107,27 @@ def test_a_pass_ends_behind_the_layer_that_is_read():
     torch.testing.assert_close(first, got)
 
 
+def test_a_scoring_pass_never_runs_the_language_head():
+    model, ids = decoder("Llama"), list(range(5, 30))
+    with HostRows(model, layer=-1) as rows:
+        rows(ids, 20, 25)
+        with Counting(model.lm_head) as head, Counting(model.model.layers[2]) as last:
+            rows(ids, 20, 25)
+    assert (head.calls, last.calls) == (0, 1)
+
+
+def test_no_pass_reads_more_than_the_questions_rows(monkeypatch):
+    """Weights are taken of the rows that ask, in blocks, and of no other."""
+    from headway.door import AttentionCall
+
+    asked = []
+    plain = AttentionCall.weights
+    with HostRows(decoder("Llama"), layer=-1) as rows:
+        monkeypatch.setattr(AttentionCall, "weights", lambda c, rows: asked.extend(rows.tolist()) or plain(c, rows))
+        rows(list(range(5, 85)), 3, 80)
+    assert asked == list(range(3, 80))
+
+
 def test_stopping_early_leaves_no_trace():
     model, ids = decoder("Llama"), torch.arange(5, 30)[None]
     with torch.no_grad():

@@ -94,6 +94,16 @@ def test_at_32k_a_query_reads_at_most_ten_blocks_and_a_seventh_of_the_triangle()
     assert method.keys_read(32_767).numel() == 2_560
 
 
+def test_the_defaults_are_the_papers_and_each_doubling_adds_one_block():
+    method = PowerAttention()
+    assert (method.block, method.window, method.sink, method.base) == (256, 5, 1, 2)
+    degrees = [method.degree(256 * 2**k) for k in range(5, 12)]
+    assert degrees == list(range(degrees[0], degrees[0] + 7))
+    # Shorter than one block: the own block is everything.
+    assert method.degree(9) == 1
+    assert method.keys_read(9).tolist() == list(range(10))
+
+
 @given(blocks=st.integers(2, 200), window=st.integers(1, 4), sink=st.integers(0, 2))
 @settings(max_examples=30, deadline=None)
 def test_log_many_layers_reach_everything_from_everywhere(blocks, window, sink):
@@ -190,6 +200,20 @@ def test_padding_and_ragged_chunks_still_run_by_blocks_and_read_what_the_mask_sa
         with headway.use(model, method, layers=[1]):
             alone = contract.run_in_chunks(model, ids[row : row + 1, pad:], [1] * (40 - pad))
         torch.testing.assert_close(got[row, pad:], alone[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [0, 5]])
+@pytest.mark.parametrize("name", ["llama", "llama eager", "gpt2"])
+def test_a_static_cache_gives_what_a_growing_one_gives(name, pads):
+    """`generate` hands a host with a static cache masks of pairs: padding has to be read from those."""
+    model = CAUSAL[name]()
+    ids, mask = contract.padded_left(contract.tokens(2, 24), pads)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with headway.use(model, small()):
+        growing, static = (model.generate(ids, cache_implementation=c, **options) for c in ("dynamic", "static"))
+    for got, want in zip(static.logits, growing.logits, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
 
 
 def test_narrowed_blocks_are_reported_with_the_density_of_what_was_read():

@@ -58,6 +58,13 @@ def test_card_names_the_paper_and_the_text_says_that_memory_stays():
     assert "memory is not reduced" in (method.__doc__ or "")
 
 
+def test_the_defaults_are_the_papers_language_model_runs_by_its_later_version():
+    policy = RecycledAttention()
+    assert (policy.budget, policy.stride, policy.threshold, policy.check) == (2048, 10, None, 5)
+    assert (policy.pool, policy.group, policy.victim, policy.sinks) == (7, "max", "refresh", 0)
+    assert (policy.first, policy.full_step) == ("recycled", "both")
+
+
 @pytest.mark.parametrize("name", HOSTS)
 @pytest.mark.parametrize("schedule", ["fixed", "dynamic", "first version"])
 def test_a_budget_of_everything_is_dense(name, schedule):
@@ -576,7 +583,7 @@ def test_a_short_context_gets_the_nearest_share_and_all_of_it_is_dense():
     assert 1 / ideal_speedup(24, policy.budget, policy.stride) == pytest.approx(0.5, abs=0.06)
     contract.check_equals_dense(model, lambda: at_budget(1.0, tokens=4, model=model)[0])
     for bad in ({"share": 0.0, "tokens": 5}, {"share": 1.5, "tokens": 5}, {"share": 0.5, "tokens": 0}):
-        with pytest.raises(ArgumentError, match="share|tokens"):
+        with pytest.raises(ArgumentError, match=r"share|tokens"):
             at_budget(**bad, model=model)
 
 

@@ -65,8 +65,8 @@ def run(
                 progress=tell,
                 **options,
             )
-    except KeyboardInterrupt:
-        console.print(f"Finished cells are kept in {out / 'cells'}: the same command goes on from them.", markup=False)
+    except KeyboardInterrupt as error:
+        error.add_note(f"Finished cells are kept in {out / 'cells'}: the same command goes on from them.")
         raise
     if as_json:
         sys.stdout.write(found.to_json() + "\n")

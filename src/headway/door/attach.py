@@ -574,7 +574,7 @@ def _refuse_beside_policy(site: Site, policy: CachePolicy, stages: Sequence[Stag
     editors that know only the host's calls."""
     for stage in stages:
         both = isinstance(stage, Selector) and stage.phases & policy.narrows
-        blind = isinstance(stage, Editor) and stage.edits and not stage.reads_parts
+        blind = isinstance(stage, Editor) and stage.edits and not policy.narrows <= stage.reads_parts
         if both or blind or (isinstance(stage, Observer) and stage.reads_weights):
             why = (
                 f"selects keys in {', '.join(sorted(stage.phases & policy.narrows))}, where the policy reads its cache"

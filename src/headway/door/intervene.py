@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headway.door.call import AttentionCall, Site
 from headway.door.capture import Captured, check_head_indices
-from headway.door.stages import Editor
+from headway.door.stages import PHASES, Editor
 from headway.errors import ArgumentError, unknown
 from headway.kernels.dense import grouped_values
 
@@ -58,7 +58,7 @@ class HeadGate(_OnHeads):
     `gates` maps (layer, head) to its factor."""
 
     gates: Mapping[tuple[int, int], float]
-    reads_parts = True
+    reads_parts = PHASES
 
     def pairs(self) -> list[tuple[int, int]]:
         return list(self.gates)

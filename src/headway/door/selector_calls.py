@@ -10,8 +10,8 @@ def require_one_way(call: AttentionCall, title: str) -> None:
     """Raises ArgumentError for a prompt whose rows see later keys, as those of an encoder do."""
     if call.queries == call.keys > 1 and not call.causal:
         raise ArgumentError(
-            f"{title} at {call.site.name}: got attention that looks both ways, expected a causal host. Name the sites of "
-            "the decoder with sites=."
+            f"{title} at {call.site.name}: got attention that looks both ways, expected a causal host. Name the sites "
+            "of the decoder with sites=."
         )
 
 

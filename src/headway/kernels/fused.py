@@ -53,7 +53,7 @@ def fused_attention(
         output, lse = _CPU_KERNEL(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         if mask is not None:
             lse = lse.masked_fill(~mask.any(-1), -torch.inf)
-        return output, lse
+        return output, lse.float()
     return dense_attention(query, key, value, scale=scale, causal=causal, mask=mask, empty_rows="zero")
 
 

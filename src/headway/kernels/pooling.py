@@ -1,4 +1,4 @@
-"""Pooled estimates that block selectors share: block means and sums, how many entries cover a mass, and divergences."""
+"""Pooled estimates that block selectors share: block means and sums, the mass of larger entries, and a divergence."""
 
 from __future__ import annotations
 
@@ -43,12 +43,6 @@ def offset_blocks(x: Float[Tensor, "... offsets"], block: int) -> Float[Tensor, 
     return near + moved[..., :count]
 
 
-def cover(x: Float[Tensor, "... entries"], mass: float) -> Int[Tensor, ...]:
-    """Smallest number of largest entries whose sum reaches `mass`; all of them where it never does."""
-    running = x.sort(-1, descending=True).values.cumsum(-1)
-    return ((running < mass).sum(-1) + 1).clamp(max=x.shape[-1])
-
-
 def mass_before(x: Float[Tensor, "... entries"]) -> Float[Tensor, "... entries"]:
     """The mass of all entries that are larger than each one (of equal ones, of those that stand before it).
 
@@ -77,13 +71,6 @@ def root_jensen_shannon(p: Float[Tensor, "... entries"], q: Float[Tensor, "... e
         return (torch.special.xlogy(x, x) - torch.special.xlogy(x, middle)).sum(-1)
 
     return ((divergence(p) + divergence(q)) / 2).clamp(min=0).sqrt()
-
-
-def block_similarity(x: Float[Tensor, "batch heads tokens dim"], block: int) -> Float[Tensor, "batch heads blocks"]:
-    """Mean pairwise cosine inside each block, ‖mean of unit vectors‖² over its tokens: near 1 where a pooled vector
-    stands for its block, near 1/block where it does not (SpargeAttn, arXiv 2502.18137)."""
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    return block_means(unit, block).square().sum(-1)
 
 
 def _before(ordered: Tensor) -> Tensor:

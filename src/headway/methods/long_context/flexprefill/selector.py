@@ -182,9 +182,10 @@ def at_budget(share: float, *, tokens: int, model: nn.Module) -> tuple[FlexPrefi
     """FlexPrefill that reads `share` of the causal triangle of a `tokens`-long prompt; decoding stays dense.
 
     The block shrinks from 128 to 16 tokens for short prompts, so that a share can be met; the sink and diagonal blocks,
-    about 4 / blocks of the triangle, are read at any share. The budget holds also where dense would be as fast."""
+    about 4 / blocks of the triangle, are read at any share. The budget holds also where dense would be as fast. What
+    follows the prompt in a forward of its own, such as a question behind its context, is read densely."""
     check_share(share, tokens)
     block = 128
     while block > 16 and tokens < BUDGET_BLOCKS * block:
         block //= 2
-    return (FlexPrefill(density=share, block=block, min_budget=None, approximates=False),)
+    return (FlexPrefill(density=share, block=block, min_budget=None, approximates=False, chunks="dense"),)

@@ -143,7 +143,7 @@ def answer(
     **options: Any,
 ) -> LongAnswer:
     """Retrieves (see `retrieve` for `options`), then answers from what was kept: greedily, or by sampling when
-    `temperature` is above 0."""
+    `temperature` is above 0. The released code's temperature of 0.5 has no effect there, so greedy is the default."""
     if not temperature >= 0:
         raise ArgumentError(f"temperature: got {temperature}, expected 0 for greedy answers, or more.")
     found = retrieve(model, tokenizer, context, question, max_new_tokens=max_new_tokens, **options)

@@ -72,7 +72,7 @@ def top_tokens(scores: Float[Tensor, " context"], count: int) -> Int[Tensor, " t
     """The `count` best tokens, best first; of equals the earlier one. All of them when there are fewer."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ArgumentError(f"topk: got {count!r}, expected a whole number of at least 1.")
-    return torch.sort(scores, descending=True, stable=True).indices[:count]
+    return scores.argsort(descending=True, stable=True)[:count]
 
 
 def rank_sentences(
@@ -86,8 +86,8 @@ def rank_sentences(
             "sentences of at least one token that fill the context."
         )
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(list(lengths)))
-    order = top_tokens(scores.cpu(), max(scores.numel(), 1))
-    chosen = order if topk is None else order[: _count(topk)]
+    order = scores.cpu().argsort(descending=True, stable=True)
+    chosen = order if topk is None else top_tokens(scores.cpu(), topk)
     ranked = list(dict.fromkeys(owner[chosen].tolist()))
     best: dict[int, int] = {}
     for token, sentence in zip(order.tolist(), owner[order].tolist(), strict=True):
@@ -106,12 +106,6 @@ def fill(ranked: Sequence[int], lengths: Sequence[int], budget: int) -> list[int
             chosen.append(number)
             left -= lengths[number]
     return sorted(chosen)
-
-
-def _count(topk: int) -> int:
-    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise ArgumentError(f"topk: got {topk!r}, expected a whole number of at least 1.")
-    return topk
 
 
 def _box(sums: Tensor, before: int, after: int) -> Tensor:

@@ -78,8 +78,8 @@ def fine_tune(
                 loss = model(**inputs).loss
                 if not bool(torch.isfinite(loss)):
                     raise NumericError(
-                        f"loss at step {step}: got {float(loss)}, expected a finite number. Lower learning_rate "
-                        f"({learning_rate}), or check the labels."
+                        f"loss at step {step}: got {float(loss.detach())}, expected a finite number. Lower "
+                        f"learning_rate ({learning_rate}), or check the labels."
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

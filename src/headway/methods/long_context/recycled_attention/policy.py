@@ -16,11 +16,11 @@ from headway.door.call import AttentionCall, Site
 from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
 from headway.door.stages import CachePolicy
 from headway.errors import ArgumentError, unknown
-from headway.kernels.dense import normalise
 from headway.methods.long_context.recycled_attention.selection import (
     check_scoring,
     has_drifted,
     key_scores,
+    log_weights,
     query_similarity,
 )
 from headway.methods.long_context.recycled_attention.store import RecycledLayer
@@ -38,9 +38,9 @@ class RecycledAttention(CachePolicy):
 
     budget: keys that a recycled step reads per KV head, K. stride: every so many steps one is full, S (None: never by
     count; 1: always, which is dense). threshold, check: every `check` steps a layer does a full step when the cosine of
-    its query with that of its last full step is at most `threshold` (None: not asked). Both schedules may be given:
-    either calls for a full step. Without a stride, a layer also does one when fresh tokens fill half the budget.
-    Without both, the prefill's choice stays; fresh tokens then keep to half the budget.
+    its query with that of its last full step is at most `threshold` (0.8 in the paper; None: not asked). Both schedules
+    may be given: either calls for a full step. Without a stride, a layer also does one when fresh tokens fill half the
+    budget. Without both, the prefill's choice stays; fresh tokens then keep to half the budget.
 
     pool, group: how weights become scores, see `key_scores`. victim: a new token takes the place of the entry of lowest
     score at the last full step ("refresh") or of lowest weight at the last step ("latest"). first: the first decoding
@@ -173,7 +173,7 @@ class RecycledAttention(CachePolicy):
 
     def _scores(self, call: AttentionCall) -> Float[Tensor, "batch kv_heads keys"]:
         """Scores of all keys by the last query row."""
-        scores = key_scores(_log_weights(call), call.key.shape[1], pool=self.pool, group=self.group)
+        scores = key_scores(log_weights(call, call.queries - 1), call.key.shape[1], pool=self.pool, group=self.group)
         if self.sinks:
             place = (scores > -torch.inf).cumsum(-1)
             scores = scores.masked_fill((scores > -torch.inf) & (place <= self.sinks), torch.inf)
@@ -181,7 +181,7 @@ class RecycledAttention(CachePolicy):
 
     def _rescore(self, small: AttentionCall, layer: RecycledLayer, due: Bool[Tensor, " batch"]) -> None:
         """Replaces the scores of the entries that may go by their weights in this step."""
-        now = key_scores(_log_weights(small), small.key.shape[1], pool=1, group=self.group)
+        now = key_scores(log_weights(small, small.queries - 1), small.key.shape[1], pool=1, group=self.group)
         old = layer.score.isfinite() & ~due[:, None, None]
         layer.score = torch.where(old, now, layer.score)
 
@@ -255,10 +255,3 @@ def _read_window(call: AttentionCall, layer: RecycledLayer, window: int) -> list
             first_key=0, first_query=None, key_at=positions[:, None],
         )
     ]  # fmt: skip
-
-
-def _log_weights(call: AttentionCall) -> Float[Tensor, "batch heads keys"]:
-    """Logarithms of the last row's weights: they order keys whose weights are too small for a float."""
-    logits = call.logits(torch.tensor([call.queries - 1], device=call.query.device))
-    lse = normalise(logits, call.sinks)[1][..., None]
-    return torch.where(logits == -torch.inf, logits, logits - lse)[:, :, 0]

@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, max_pool1d
 
+from headway.door.call import AttentionCall
 from headway.errors import ArgumentError, unknown
+from headway.kernels.dense import normalise
 from headway.kernels.pooling import ranks
 
 GROUPS = ("max", "mean")
@@ -22,8 +24,15 @@ TIE = 1e-9
 ROUNDING = 1e-5
 
 
+def log_weights(call: AttentionCall, row: int) -> Float[Tensor, "batch heads keys"]:
+    """Logarithms of one row's weights: they order keys whose weights are too small for a float."""
+    logits = call.logits(torch.tensor([row], device=call.query.device))
+    lse = normalise(logits, call.sinks)[1][..., None]
+    return torch.where(logits == -torch.inf, logits, logits - lse)[:, :, 0]
+
+
 def key_scores(
-    log_weights: Float[Tensor, "batch heads keys"], kv_heads: int, *, pool: int = 7, group: str = "max"
+    logs: Float[Tensor, "batch heads keys"], kv_heads: int, *, pool: int = 7, group: str = "max"
 ) -> Float[Tensor, "batch kv_heads keys"]:
     """Scores of the keys from the log-weights of one query row, one set per KV head.
 
@@ -31,10 +40,10 @@ def key_scores(
     takes the largest value within `pool` neighbours, itself in the middle (1: its own). Keys that share a maximum are
     ordered by their own weight. Hidden keys (−inf) stay −inf."""
     check_scoring(pool, group)
-    heads = log_weights.shape[1]
+    heads = logs.shape[1]
     if kv_heads < 1 or heads % kv_heads:
         raise ArgumentError(f"kv_heads: got {kv_heads} for {heads} query heads, expected a divisor of them.")
-    grouped = log_weights.unflatten(1, (kv_heads, -1))
+    grouped = logs.unflatten(1, (kv_heads, -1))
     own = grouped.amax(2) if group == "max" else grouped.logsumexp(2) - math.log(grouped.shape[2])
     pooled = max_pool1d(own, pool, stride=1, padding=pool // 2) if pool > 1 else own
     score = pooled.double() + TIE * own.double()

@@ -17,8 +17,12 @@ from torch import Tensor
 from headway.door.call import AttentionCall, Site
 from headway.door.stages import Editor
 from headway.errors import ArgumentError
-from headway.kernels.dense import normalise
-from headway.methods.long_context.recycled_attention.selection import check_scoring, key_scores, recycled_mask
+from headway.methods.long_context.recycled_attention.selection import (
+    check_scoring,
+    key_scores,
+    log_weights,
+    recycled_mask,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +58,6 @@ class RecycledTraining(Editor):
 
     @torch.no_grad()
     def _chosen(self, call: AttentionCall, steps: int) -> Tensor:
-        row = torch.tensor([self.split - 1], device=call.query.device)
-        logits = call.logits(row)[..., : self.split]
-        lse = normalise(logits, call.sinks)[1][..., None]
-        weights = torch.where(logits == -torch.inf, logits, logits - lse)[:, :, 0]
-        scores = key_scores(weights, call.key.shape[1], pool=self.pool, group=self.group)
+        logs = log_weights(call, self.split - 1)[..., : self.split]
+        scores = key_scores(logs, call.key.shape[1], pool=self.pool, group=self.group)
         return recycled_mask(scores, steps, self.budget).repeat_interleave(call.groups, 1)

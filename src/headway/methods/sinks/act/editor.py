@@ -60,6 +60,8 @@ class ACT(Editor):
     protect: Places = ()
     candidates: Places | None = None
 
+    reads_parts = frozenset({"decode"})
+
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_threshold(self.threshold, self.tau, self.alpha)
@@ -96,20 +98,24 @@ class ACT(Editor):
         weights: Float[Tensor, "batch heads rows keys"],
         rows: Int[Tensor, " rows"],
     ) -> Float[Tensor, "batch heads rows keys"]:
-        at = self._places(call)
-        tally = _Tally(self, call, at)
+        at, which = self._places(call)
+        if not at:
+            return weights
+        tally = _Tally(self, call, at, which)
         own = weights[:, at]
         with torch.no_grad():
             sinks = tally.of_prompt(rows) if self.scope == "prompt" else tally.causal(own, rows)
         return weights.index_copy(1, torch.tensor(at, device=weights.device), redistribute(own, sinks, beta=self.beta))
 
-    def _places(self, call: AttentionCall) -> list[int]:
-        """Where this stage's heads stand among the heads of the call."""
+    def _places(self, call: AttentionCall) -> tuple[list[int], list[int]]:
+        """Where this stage's heads stand among the heads of the call, and which of the stage's heads at the site they
+        are: a cache policy's call may hold some of them."""
         heads = self.heads_at(call.site)
         if call.of_heads is None:
-            return heads
-        order = call.of_heads.tolist()
-        return [order.index(head) for head in heads]
+            return heads, list(range(len(heads)))
+        order = {head: place for place, head in enumerate(call.of_heads.tolist())}
+        here = [which for which, head in enumerate(heads) if head in order]
+        return [order[heads[which]] for which in here], here
 
     def allowed(self, first: Int[Tensor, "batch heads"], keys: int) -> Bool[Tensor, "batch heads keys"]:
         """Columns 0 … keys − 1 that may be scaled down, given the first token of each row."""
@@ -125,17 +131,20 @@ class ACT(Editor):
 class _Tally:
     """What each key of a request has received so far at one site, and the sinks that follow from it.
 
-    The values live with the request: `mass` and `count` (batch, heads, columns) over absolute columns, and in the
-    prompt scope `fixed`, the sinks of the prompt."""
+    The values live with the request: `mass` and `count` (batch, heads, columns) over absolute columns and all of the
+    stage's heads at the site, and in the prompt scope `fixed`, the sinks of the prompt. `at` are the places of some of
+    these heads in the call, `which` their numbers."""
 
-    def __init__(self, act: ACT, call: AttentionCall, at: list[int]) -> None:
-        self.act, self.call, self.at = act, call, at
+    def __init__(self, act: ACT, call: AttentionCall, at: list[int], which: list[int]) -> None:
+        self.act, self.call, self.at, self.which = act, call, at, which
         owner = (act, call.site.name)
         self.kept: dict[str, Any] = remembered(call.forward, owner)
-        self.stop = call.first_key + call.keys
-        self.start = call.first_key + call.offset
-        fresh = ("this forward", *owner) not in call.forward.scratch
-        self.flags: dict[str, Tensor] = call.forward.scratch.setdefault(("this forward", *owner), {})
+        self.columns = _columns(call, at)
+        self.stop = int(self.columns.max()) + 1
+        self.start = call.first_key + call.offset if call.key_at is None else self.stop - call.queries
+        mark = ("this forward", *owner, *which)
+        fresh = mark not in call.forward.scratch
+        self.flags: dict[str, Tensor] = call.forward.scratch.setdefault(mark, {})
         if fresh:
             self._begin()
 
@@ -146,7 +155,8 @@ class _Tally:
                     f"ACT at {self.call.site.name}: got a cache with {self.start} tokens that ACT has not seen, "
                     "expected the statistics of the prompt. Start the request inside the scope."
                 )
-            self._grow(torch.zeros(self.call.query.shape[0], len(self.at), 0, device=self.call.query.device))
+            heads = len(self.act.heads_at(self.call.site))
+            self._grow(torch.zeros(self.call.query.shape[0], heads, 0, device=self.call.query.device))
             return
         self._grow(self.kept["mass"])
 
@@ -160,38 +170,47 @@ class _Tally:
         """One set of sinks for all rows of this forward."""
         if "sinks" not in self.flags:
             self._add_all()
-            found = self._sinks(self.kept["mass"], self.kept["count"])
+            found = self._sinks(*self._own())
             if self.call.queries == 1 and "fixed" in self.kept:
-                fixed = self.kept["fixed"]
+                fixed = self.kept["fixed"][:, self.which]
                 found[..., : fixed.shape[-1]] = fixed
             else:
-                self.kept["fixed"] = found
-            self.flags["sinks"] = found[..., self.call.first_key : self.stop][:, :, None]
+                every = torch.zeros(*self.kept["mass"].shape, dtype=torch.bool, device=found.device)
+                every[:, self.which] = found
+                self.kept["fixed"] = every
+            self.flags["sinks"] = found.gather(-1, self.columns.expand(*found.shape[:2], -1))[:, :, None]
         return self.flags["sinks"]
+
+    def _own(self) -> tuple[Tensor, Tensor]:
+        """Mass and count of the heads that this call holds, copied."""
+        return self.kept["mass"][:, self.which], self.kept["count"][:, self.which]
+
+    def _keep(self, mass: Tensor, count: Tensor) -> None:
+        self.kept["mass"][:, self.which] = mass
+        self.kept["count"][:, self.which] = count
 
     def causal(
         self, weights: Float[Tensor, "batch heads rows keys"], rows: Int[Tensor, " rows"]
     ) -> Bool[Tensor, "batch heads rows keys"]:
         """The sinks of each row from the rows up to it."""
         seen = self._seen(rows).to(weights.dtype)
-        columns = slice(self.call.first_key, self.stop)
-        before = self.kept["mass"], self.kept["count"]
-        mass, count = (old[:, :, None].expand(-1, -1, rows.numel(), -1).clone() for old in before)
-        mass[..., columns] += (weights.float() * (seen > 0)).cumsum(2)
-        count[..., columns] += seen.cumsum(2)
-        self.kept["mass"], self.kept["count"] = mass[:, :, -1].clone(), count[:, :, -1].clone()
-        return self._sinks(mass, count)[..., columns]
+        columns = self.columns[:, :, None].expand(*weights.shape)
+        mass, count = (old[:, :, None].expand(-1, -1, rows.numel(), -1).clone() for old in self._own())
+        mass.scatter_add_(-1, columns, (weights.float() * (seen > 0)).cumsum(2))
+        count.scatter_add_(-1, columns, seen.float().cumsum(2))
+        self._keep(mass[:, :, -1], count[:, :, -1])
+        return self._sinks(mass, count).gather(-1, columns)
 
     def _add_all(self) -> None:
         """Adds what the rows of this forward give, block by block."""
-        columns = slice(self.call.first_key, self.stop)
-        mass, count = self.kept["mass"].clone(), self.kept["count"].clone()
+        mass, count = self._own()
+        columns = self.columns.expand(*mass.shape[:2], -1)
         for start in range(0, self.call.queries, DEFAULT_BLOCK):
             rows = torch.arange(start, min(start + DEFAULT_BLOCK, self.call.queries), device=mass.device)
             given, seen = received_mass(self.call.weights(rows)[:, self.at], self._seen(rows), self._real(rows))
-            mass[..., columns] += given
-            count[..., columns] += seen
-        self.kept["mass"], self.kept["count"] = mass, count
+            mass.scatter_add_(-1, columns, given.to(mass.dtype))
+            count.scatter_add_(-1, columns, seen.to(count.dtype))
+        self._keep(mass, count)
 
     def _seen(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "batch heads rows keys"]:
         """Which keys the rows of this stage's heads can see; nothing for rows of padding."""
@@ -202,7 +221,7 @@ class _Tally:
         return seen if real is None else seen & real[:, None, :, None]
 
     def _real(self, rows: Int[Tensor, " rows"]) -> Bool[Tensor, "batch rows"] | None:
-        padded = self.call.padded_rows()
+        padded = self.call.padded_rows() if self.call.key_at is None else None
         return None if padded is None else ~padded[:, rows].to(rows.device)
 
     def _sinks(self, mass: Tensor, count: Tensor) -> Tensor:
@@ -215,6 +234,15 @@ class _Tally:
             allowed=allowed if count.ndim == 3 else allowed[:, :, None],
         )  # fmt: skip
         return without_first_flagged(found) if act.initial == "first_flagged" else found
+
+
+def _columns(call: AttentionCall, at: list[int]) -> Int[Tensor, "#batch #heads keys"]:
+    """The column in the sequence of each key that the heads at these places read."""
+    if call.key_at is None:
+        return call.key_positions[None, None]
+    if call.key_at.shape[1] == 1:
+        return call.key_at
+    return call.key_at[:, torch.tensor(at, device=call.key_at.device) // call.groups]
 
 
 def _marked(places: Places, column: Int[Tensor, "batch heads keys"], name: str) -> Bool[Tensor, "batch heads keys"]:

@@ -113,7 +113,7 @@ class StreamingLLM(CachePolicy):
         key, value = layer.with_sinks(shift - cache.turned_back)
         return call.replace(key=key, value=value, mask=None, causal=False, first_key=0, first_query=None)
 
-    def _shift(self, own: Int[Tensor, "batch *rows"], oldest: Int[Tensor, "batch *ones"]) -> Tensor:
+    def _shift(self, own: Tensor, oldest: Tensor) -> Tensor:
         """By how much a query stands further in the text than in the cache, where the window's oldest token has slot S:
         own − min(own, C) while the window fills by itself, less room after `evict_for_space`."""
         return torch.maximum(own - self.saturation, oldest - self.sinks).clamp(min=0)

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from headway.door.call import AttentionCall
-from headway.door.stages import Editor
+from headway.door.stages import PHASES, Editor
 from headway.errors import HostError
 
 
@@ -21,7 +21,7 @@ class ZeroSink(Editor):
     """w_ij = exp(s_ij) / (1 + Σ_j exp(s_ij)): as if every row saw one more key, with logit 0 and value 0. A host with
     learned sinks has its own denominator and is refused. Cache policies carry the sink along."""
 
-    reads_parts = True
+    reads_parts = PHASES
 
     def edit_call(self, call: AttentionCall) -> AttentionCall:
         if call.sinks is not None:
