@@ -147,3 +147,15 @@ def test_reads_of_a_policy_see_no_future():
     require_plain_positions(AttentionCall.from_tensors(*tensors, causal=True))
     with pytest.raises(HostError, match="sees the future"):
         require_plain_positions(AttentionCall.from_tensors(*tensors))
+
+
+def test_packed_sequences_are_refused_and_numbered_padding_is_not():
+    model, ids = decoder("Llama"), tokens(1, 9)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with headway.use(model, KeepLast(3)), torch.no_grad():
+        for cached in (True, False):
+            with pytest.raises(ArgumentError, match="start again at column 4"):
+                model(input_ids=ids, position_ids=packed, use_cache=cached)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
+        numbered = torch.tensor([[1, 1, 0, 1, 2, 3, 4, 5, 6]])
+        assert torch.isfinite(model(input_ids=ids, attention_mask=mask, position_ids=numbered).logits).all()

@@ -87,7 +87,7 @@ def test_flex_equals_masked(**case):
 @pytest.mark.parametrize("length", [32, 37])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("per_head", [True, False])
-def test_the_causal_diagonal_runs_as_one_batch(length, groups, per_head, monkeypatch):
+def test_the_causal_diagonal_takes_one_pass(length, groups, per_head, monkeypatch):
     from headway.kernels import block_sparse
 
     query, key, value, generator = _tensors(1, 2, 2, groups, length, length)
@@ -95,8 +95,10 @@ def test_the_causal_diagonal_runs_as_one_batch(length, groups, per_head, monkeyp
     blocks = torch.rand(2, 2 * groups if per_head else 2, count, count, generator=generator) > 0.5
     blocks |= torch.eye(count, dtype=torch.bool)
     ran = []
-    plain = block_sparse._Tiles.diagonal
-    monkeypatch.setattr(block_sparse._Tiles, "diagonal", lambda tiles: ran.append(1) or plain(tiles))
+    plain = block_sparse._Tiles.with_diagonal
+    monkeypatch.setattr(
+        block_sparse._Tiles, "with_diagonal", lambda tiles, chosen: ran.append(1) or plain(tiles, chosen)
+    )
     options = {"query_block": 8, "key_block": 8, "causal": True}
     got, lse = block_sparse_attention(query, key, value, blocks, form="gather", **options)
     want, want_lse = block_sparse_attention(query, key, value, blocks, form="masked", **options)
@@ -144,13 +146,14 @@ def test_gradients_are_those_of_finite_differences():
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_work_in_many_steps_is_the_same(learned, masked, monkeypatch):
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_work_in_many_steps_is_the_same(learned, masked, diagonal, monkeypatch):
     """With room for two items at a time, whatever their number."""
     from headway.kernels import block_sparse
 
     monkeypatch.setattr(block_sparse.torch, "get_num_threads", lambda: 1)
     query, key, value, generator = _tensors(9, 2, 2, 3, 50, 50)
-    blocks = torch.rand(2, 2, 7, 7, generator=generator) > 0.4
+    blocks = (torch.rand(2, 2, 7, 7, generator=generator) > 0.4) | (torch.eye(7, dtype=torch.bool) & diagonal)
     options = {
         "query_block": 8, "key_block": 8, "causal": True,
         "sinks": torch.randn(6, generator=generator) if learned else None,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from headway.door import adapter
 from headway.door.call import AttentionCall, Forward, Site
 from headway.door.execute import Executed, execute, execute_parts, refuse_emptied_rows
+from headway.door.policy_hosts import require_one_sequence_per_row
 from headway.door.stages import CachePolicy, Driver, Editor, Observer, Selector, Stage
 from headway.errors import ArgumentError, ConflictError, InterceptionError, unknown
 
@@ -600,6 +601,7 @@ def _with_policy_cache(policy: CachePolicy, model: nn.Module, kwargs: dict[str, 
                 "wrong ones. Leave it out, or pass the padding mask."
             )
         kwargs = kwargs | {"attention_mask": padding.long()}
+    require_one_sequence_per_row(kwargs.get("position_ids"), kwargs.get("attention_mask"))
     cache = kwargs.get("past_key_values")
     if getattr(cache, "policy", None) is not policy:
         if cache is None:

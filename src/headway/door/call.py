@@ -62,8 +62,8 @@ class AttentionCall:
     `mask` is True where a key is visible; `bias` is added to the scaled, soft-capped logits; `causal` says that row i
     sees keys up to i + `offset` on top of the mask; `sinks` are learned sink logits, one per head. `hidden` is the
     input of the attention module where the host gives one. `first_key` and `first_query` are the positions in the
-    sequence of key 0 and query row 0: a sliding cache has dropped earlier keys, a static one holds room for later
-    ones.
+    sequence of key 0 and query row 0: a sliding cache has dropped earlier keys. Slots that a static cache holds for
+    later ones are left out.
 
     A cache policy may put calls over part of a site in place of the host's: `of_heads` then tells which of the site's
     query heads the rows of `query` are, `of_rows` which of its query rows (first, and behind the last; all for None),

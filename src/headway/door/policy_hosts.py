@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from headway.door.call import AttentionCall
-from headway.errors import HostError
+from headway.errors import ArgumentError, HostError
 
 #: Layers of a host's own cache that hold keys and values and nothing else.
 PLAIN_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
@@ -38,6 +38,24 @@ def require_plain_decoder(model: nn.Module) -> None:
         raise HostError(
             f"{name}: got a host whose cache has layers of its own kind ({', '.join(others)}), expected keys and "
             "values alone."
+        )
+
+
+def require_one_sequence_per_row(position_ids: Any, attention_mask: Any) -> None:
+    """Raises ArgumentError for positions that start again within a row: packed sequences, which see each other in a
+    policy's cache."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return
+    back = position_ids.diff(dim=1) < 0
+    if isinstance(attention_mask, Tensor):
+        # Hosts number padding as they like, so only steps between tokens count.
+        real = attention_mask[:, -position_ids.shape[1] :].bool().to(back.device)
+        back = back & real[:, 1:] & real[:, :-1]
+    if bool(back.any()):
+        at = int(back.any(0).nonzero()[0, 0]) + 1
+        raise ArgumentError(
+            f"position_ids: got positions that start again at column {at}, as in packed sequences, expected one "
+            "sequence per row. Give each a row of its own, padded on the left."
         )
 
 

@@ -59,8 +59,8 @@ class Editor(Stage):
 
     Beside a cache policy an editor meets calls that are not the host's: `edit_call` and `edit_output` see the new keys
     alone, as what was stored before is the policy's, and `edit_weights` calls over some of a site's heads
-    (`AttentionCall.of_heads`) with keys from scattered positions (`key_at`). `reads_parts` are the phases in which every
-    stage of this editor is right on such calls; beside a policy that narrows another phase it is refused."""
+    (`AttentionCall.of_heads`) with keys from scattered positions (`key_at`). `reads_parts` are the phases in which
+    every stage of this editor is right on such calls; beside a policy that narrows another phase it is refused."""
 
     keeps_weights = False
     reads_parts: frozenset[str] = frozenset()

@@ -4,9 +4,10 @@
 
 Three forms behind one function. `masked` is the reference: one boolean mask, dense work. `gather` is the CPU form:
 query blocks that read equally many key blocks are grouped, their keys and values are copied side by side into one small
-buffer that stays in cache, and the platform's fused kernel runs on the group. Pairs of blocks that are visible as a
-whole need no mask; the others (the diagonal, window edges, ragged ends, padding) run apart, the plain diagonal as one
-causal batch, and both parts meet by their log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds
+buffer that stays in cache, and the platform's fused kernel runs on the group. Where the causal diagonal is all that
+needs a mask, it stands last in every group, which then shares one small mask. Otherwise pairs of blocks that are visible
+as a whole run without a mask, the others (window edges, ragged ends, padding) apart, and both parts meet by their
+log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds
 a FlexAttention block mask for CUDA.
 
 Queries and keys are cut into blocks of `query_block` and `key_block` tokens from their first token; the last block of
@@ -246,10 +247,11 @@ def _gather(work: _Work) -> tuple[Tensor, Tensor]:
     if work.needs_gradients:
         return tiles.differentiable(selected)
     partial = selected & ~whole
-    plain = _is_plain_diagonal(work, partial)
-    result = tiles.diagonal() if plain else tiles.nothing()
+    if _is_plain_diagonal(work, partial):
+        return tiles.whole(*tiles.with_diagonal(selected))
+    result = tiles.nothing()
     tiles.add(result, selected & whole, masked=False)
-    if not plain and bool(partial.any()):
+    if bool(partial.any()):
         tiles.add(result, partial, masked=True)
     return tiles.whole(*result)
 
@@ -294,20 +296,18 @@ class _Tiles:
         lse = torch.full((items, size), -torch.inf, dtype=torch.float32, device=self.query.device)
         return self.query.new_zeros(items, size, self.work.value.shape[3]), lse
 
-    def diagonal(self) -> tuple[Tensor, Tensor]:
-        """Every block with itself, head by head: a head's blocks are one causal batch, and nothing is copied."""
+    def with_diagonal(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over every item. The diagonal is the last of an item's blocks, so that all items which select equally
+        many blocks share one small mask, and nothing has to be merged."""
+        size, keys = self.work.key_block, self.work.blocks.shape[3] * self.work.key_block
         output = self.query.new_empty(*self.query.shape[:2], self.work.value.shape[3])
         lse = torch.empty(self.query.shape[:2], dtype=torch.float32, device=self.query.device)
-        key, value = (x.view(x.shape[0], self.work.key_block, -1) for x in (self.key, self.value))
-        for head in range(self.batch * self.heads):
-            own = slice(head * self.count, (head + 1) * self.count)
-            kv = head // self.work.groups
-            theirs = slice(kv * self.count, (kv + 1) * self.count)
-            part, part_lse = fused_attention(
-                self.query[own, None], key[theirs, None], value[theirs, None], scale=self.work.scale, causal=True
-            )
-            output[own] = part[:, 0]
-            lse[own] = part_lse[:, 0]
+        future = torch.ones(size, size, dtype=torch.bool, device=output.device).triu(1)
+        hiding = output.new_zeros(size, keys)
+        hiding[:, -size:].masked_fill_(future, -torch.inf)
+        for items, part, part_lse in self._steps(selected, masked=False, fold=True, hiding=hiding):
+            output.index_copy_(0, items, part)
+            lse.index_copy_(0, items, part_lse)
         return output, lse
 
     def add(self, result: tuple[Tensor, Tensor], selected: Tensor, *, masked: bool) -> None:
@@ -330,9 +330,12 @@ class _Tiles:
         empty, no_lse = self.nothing()
         return self.whole(empty.index_copy(0, items, outputs), no_lse.index_copy(0, items, normalisers))
 
-    def _steps(self, selected: Tensor, masked: bool, fold: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _steps(
+        self, selected: Tensor, masked: bool, fold: bool, hiding: Float[Tensor, "query_block keys"] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Item numbers, outputs and log-sum-exps of some items at a time. With `fold`, and where the query heads of a
-        group select alike, these heads share one gathered copy of their keys."""
+        group select alike, these heads share one gathered copy of their keys. The end of `hiding` is added to the
+        logits of every item."""
         fold = fold and selected.shape[1] in (1, self.kv_heads)
         heads = self.kv_heads if fold else self.heads
         groups = self.work.groups if fold else 1
@@ -349,7 +352,10 @@ class _Tiles:
             if masked:
                 seen = self.work.tile_mask(owner // self.heads, owner % self.heads, block, columns)[:, None]
             query = self.query.index_select(0, items).view(rows.numel(), 1, -1, self.query.shape[2])
-            part, lse = self._attend(query, blocks, seen)
+            bias = None
+            if hiding is not None:
+                bias = hiding[:, -columns.shape[1] * self.work.key_block :].repeat(groups, 1)[None, None]
+            part, lse = self._attend(query, blocks, seen, bias)
             yield items, part.reshape(items.numel(), -1, part.shape[3]), lse.reshape(items.numel(), -1)
 
     def _step_rows(self, groups: int) -> Callable[[int], int]:
@@ -358,14 +364,14 @@ class _Tiles:
         least = 2 * torch.get_num_threads()
         return lambda chosen: max(least, STEP_BYTES // max(chosen * per_block, 1))
 
-    def _attend(self, query: Tensor, blocks: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, blocks: Tensor, seen: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         work, rows = self.work, query.shape[0]
         key, value = (
             self._copy(which, x, blocks.flatten()).view(rows, 1, -1, like.shape[3])
             for which, (x, like) in enumerate(((self.key, work.key), (self.value, work.value)))
         )
         if work.softcap is None and not work.exact_lse:
-            return fused_attention(query, key, value, scale=work.scale, mask=seen)
+            return fused_attention(query, key, value, scale=work.scale, mask=seen, bias=bias)
         return dense_attention(query, key, value, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero")
 
     def _copy(self, which: int, x: Tensor, index: Tensor) -> Tensor:

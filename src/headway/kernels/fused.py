@@ -28,10 +28,12 @@ def fused_attention(
     scale: float | None = None,
     causal: bool = False,
     mask: Bool[Tensor, "#batch #heads queries keys"] | None = None,
+    bias: Float[Tensor, "1 1 queries keys"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Softmax attention and the log-sum-exp of its scaled logits (float32).
 
-    `causal` aligns the last query with the last key. Key and value may have fewer heads than the query; they are not
+    `bias` is added to the scaled logits in place of a mask, for callers who keep one for many calls; it may hide keys by
+    -inf, but no whole row. `causal` aligns the last query with the last key. Key and value may have fewer heads than the query; they are not
     repeated. A row that sees nothing gives zeros and -inf. `dense_attention` is the reference, and what runs where no
     fused kernel gives a log-sum-exp (other devices, value_dim ≠ dim)."""
     check_heads(query, key)
@@ -42,19 +44,19 @@ def fused_attention(
             raise ArgumentError(f"queries: got {queries} for {keys} keys, expected no more than keys if causal.")
         reach = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
         mask, causal = (reach if mask is None else mask & reach) if queries > 1 else mask, False
+    if bias is not None and (causal or mask is not None):
+        raise ArgumentError("bias: got one beside a mask or causal=True, expected one of them. Put the mask into it.")
     same = key.shape[3] == value.shape[3]
     if query.device.type == "cpu" and same and keys and not (mask is not None and causal):
-        bias = None
         if mask is not None:
             bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-            bias = bias.expand(
-                *((query.shape[0], query.shape[1]) if mask.shape[1] > 1 else (query.shape[0], 1)), -1, -1
-            )
+        if bias is not None:
+            bias = bias.expand(query.shape[0], query.shape[1] if bias.shape[1] > 1 else 1, -1, -1)
         output, lse = _CPU_KERNEL(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         if mask is not None:
             lse = lse.masked_fill(~mask.any(-1), -torch.inf)
         return output, lse.float()
-    return dense_attention(query, key, value, scale=scale, causal=causal, mask=mask, empty_rows="zero")
+    return dense_attention(query, key, value, scale=scale, causal=causal, mask=mask, bias=bias, empty_rows="zero")
 
 
 def merge_attention(

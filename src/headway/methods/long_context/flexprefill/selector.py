@@ -121,6 +121,9 @@ class FlexPrefill(Selector):
     def select(self, call: AttentionCall) -> Selection:
         if call.queries == 1 or (self.density or self.gamma) >= 1:
             return Dense()
+        # A sliding layer is sparse already and stays the host's own.
+        if call.site.window is not None and call.site.window < call.first_key + call.offset + call.queries:
+            return Dense()
         if call.queries != call.keys:
             if self.chunks == "dense":
                 return Dense()
@@ -128,8 +131,8 @@ class FlexPrefill(Selector):
                 f"FlexPrefill at {call.site.name}: got {call.queries} queries on {call.keys} keys, expected the whole "
                 "prompt in one forward. Prefill in one piece, or pass chunks='dense'."
             )
-        # An encoder sees both ways, and a sliding layer is sparse already: both stay the host's own.
-        if not call.causal or (call.site.window or call.keys) < call.keys or call.queries <= self.dense_up_to:
+        # An encoder sees both ways.
+        if not call.causal or call.queries <= self.dense_up_to:
             return Dense()
         require_no_bias(call, self.title)
         found = self.blocks_of(call)

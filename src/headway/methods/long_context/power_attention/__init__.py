@@ -3,8 +3,8 @@
     allow(i, j) = j ≤ i  and  ( Δ < w  or  Δ is a power of the base  or  block(j) < s ) ,   Δ = block(i) − block(j)
 
 Each block of queries reads w local blocks, s sink blocks and the blocks at distances 1, 2, 4, 8, …: at most
-w + s + log₂ n of n blocks. Writing a distance in binary takes one hop per 1-bit, so every earlier block is within
-log₂ n layers of any later one, without holes; a window of w blocks gains w − 1 blocks per layer.
+w + s + ⌈log₂ n⌉ of n blocks. Writing a distance in binary takes one hop per 1-bit, so every earlier block is within
+⌈log₂ n⌉ layers of any later one, without holes; a window of w blocks gains w − 1 blocks per layer.
 
 Paper: PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention, arXiv 2503.03588. The
 mask is part of the model: it is meant for light continued training, in prefill and decoding alike, so it never gives

@@ -5,7 +5,9 @@
 
 The right-hand form needs O(T·d) memory where a Gram matrix needs O(T²). Paper and released code differ: the theory
 speaks of adjacent steps, the code averages all pairs; the KV module reads queries after RoPE (the last 32), the
-pruning module before RoPE (all). `pairs=`, `stage=` and `window=` select. arXiv 2601.21709.
+pruning module before RoPE (all). `pairs=`, `stage=` and `window=` select. The code also knows other measures; its
+distances have the wrong sense for 1 − x and its Pearson correlation a wrong scale, so the cosine alone is here. arXiv
+2601.21709.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from headway.methods.sinks.streaming_llm.policy import StreamingCache, Streaming
 from headway.methods.sinks.streaming_llm.sink_token import (
     ZeroSink,
     add_sink_token,
-    sink_token_parameter,
     with_sink,
 )
 
@@ -79,7 +78,6 @@ __all__ = [
     "add_sink_token",
     "at_budget",
     "recompute_perplexity",
-    "sink_token_parameter",
     "streaming_perplexity",
     "with_sink",
 ]

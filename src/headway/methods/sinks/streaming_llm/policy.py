@@ -37,8 +37,8 @@ class StreamingLLM(CachePolicy):
     the released code does; "before" holds it to S + W in all. rebase_at: host positions never grow beyond about this;
     None takes the host's own number of positions, at most 32,768.
 
-    Raises ArgumentError for numbers that cannot be, HostError at the first forward for hosts without rotary positions
-    or with fewer positions than sinks + window."""
+    Raises ArgumentError for numbers that cannot be, HostError at the first forward for hosts without rotary positions,
+    with rotary frequencies that change with the length, or with fewer positions than sinks + window."""
 
     sinks: int = 4
     window: int = 1020
@@ -96,7 +96,8 @@ class StreamingLLM(CachePolicy):
         if not isinstance(cache, StreamingCache):
             return self._read_whole(call)
         layer = cache.layers[call.site.layer]
-        if call.queries == 1 and layer.contiguous and not _narrow(call, self.reach):
+        narrower = call.site.window is not None and call.site.window <= self.reach
+        if call.queries == 1 and layer.contiguous and not narrower:
             return [self._read_step(call, layer, cache)]
         own = call.query_positions[None] - cache.first.to(call.query.device)[:, None]
         return self._two_parts(call, layer.sink_keys(), layer.window_keys(), own, cache.turned_back, layer.frequencies,
@@ -283,10 +284,6 @@ class StreamingCache(PolicyCache):
     def stored_bytes(self) -> int:
         """Bytes of the keys and values that are held."""
         return sum(layer.sink_store.bytes + layer.window_bytes for layer in self.layers)
-
-
-def _narrow(call: AttentionCall, reach: int) -> bool:
-    return call.site.window is not None and call.site.window <= reach
 
 
 def _rotary_layers(policy: StreamingLLM, model: nn.Module) -> list[tuple[Tensor | None, Layout]]:

@@ -52,8 +52,3 @@ def add_sink_token(model: Any, *, seed: int = 0) -> int:
 def with_sink(ids: Int[Tensor, "batch tokens"], token: int) -> Int[Tensor, "batch tokens+1"]:
     """The samples with the sink token in front."""
     return torch.cat([ids.new_full((ids.shape[0], 1), token), ids], 1)
-
-
-def sink_token_parameter(model: Any, token: int) -> Tensor:
-    """The embedding of the sink token (a view: training the model trains it)."""
-    return model.get_input_embeddings().weight[token]
