@@ -159,3 +159,16 @@ def test_packed_sequences_are_refused_and_numbered_padding_is_not():
         mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
         numbered = torch.tensor([[1, 1, 0, 1, 2, 3, 4, 5, 6]])
         assert torch.isfinite(model(input_ids=ids, attention_mask=mask, position_ids=numbered).logits).all()
+
+
+@pytest.mark.parametrize("what", ["entropy", "key", "value"])
+def test_captures_of_weights_keys_and_values_are_refused_beside_a_policy(what):
+    """A policy's call holds some of them, at other places; outputs and queries are whole."""
+    model = decoder("Llama")
+    with headway.use(model, KeepLast(3)):
+        with pytest.raises(ConflictError, match=r"KeepLast and Capture"):
+            headway.capture(model, what=(what,)).attach()
+        with headway.capture(model, what=("head_output", "query")) as captured:
+            run_in_chunks(model, tokens(1, 12), [8, 1, 3])
+    assert captured.result()[0]["head_output"].shape == (1, 4, 12, 8)
+    assert captured.result()[0]["query"].shape == (1, 4, 12, 8)

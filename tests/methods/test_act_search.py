@@ -12,9 +12,10 @@ from tests.door.hosts import CAUSAL
 
 import headway
 from headway.door.blocks import block_forms, recorded_inputs, starting_at
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, ConflictError
 from headway.methods.sinks.act import ACT, profits, search_heads, split_items, warn_if_same
 from headway.methods.sinks.act.scoring import ChoiceScore, HiddenSinks
+from headway.methods.sinks.streaming_llm import StreamingLLM
 from headway.tasks.answering import copy_cache
 from headway.tasks.choice import make_questions, score_choices
 
@@ -208,3 +209,11 @@ def test_on_the_real_model_later_sinks_lose_attention():
     assert mass[most] > 0.05
     changed = score.choices(ACT(heads=[most], beta=0.0))
     assert not np.allclose(changed.scores[0], dense.scores[0], atol=1e-4)
+
+
+def test_sinks_are_not_counted_where_act_moves_them_or_a_policy_drops_keys():
+    """The weights that q and k say would not be those that act."""
+    model = CAUSAL["llama"]()
+    for stage in (ACT(heads=[(0, 1)]), StreamingLLM(sinks=2, window=5)):
+        with headway.use(model, stage), pytest.raises(ConflictError, match="HiddenSinks"):
+            headway.observe(model, HiddenSinks()).attach()

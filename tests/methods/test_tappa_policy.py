@@ -10,8 +10,16 @@ from tests.contracts import cache_policy as contract
 from tests.door.hosts import CAUSAL, decoder
 
 import headway
-from headway.errors import ArgumentError
-from headway.methods.long_context.tappa import TappaEviction, allocate, at_budget, preferences, query_similarity
+from headway.door import Editor
+from headway.errors import ArgumentError, ConflictError
+from headway.methods.long_context.tappa import (
+    PatternObserver,
+    TappaEviction,
+    allocate,
+    at_budget,
+    preferences,
+    query_similarity,
+)
 from headway.methods.long_context.tappa.budget import dispersion, shift
 
 
@@ -168,3 +176,15 @@ def test_a_layer_never_holds_much_more_than_its_share_while_a_prompt_is_read():
 def test_bad_budgets_are_named():
     with pytest.raises(ArgumentError, match="share: got"):
         at_budget(0.0, tokens=10, model=decoder("Llama"))
+
+
+def test_patterns_are_not_read_where_their_weights_are_not_those_that_act():
+    model = decoder("Llama")
+    for stage in (small(), UniformWeights()):
+        with headway.use(model, stage), pytest.raises(ConflictError, match="PatternObserver"):
+            headway.observe(model, PatternObserver()).attach()
+
+
+class UniformWeights(Editor):
+    def edit_weights(self, call, weights, rows):
+        return weights / 2

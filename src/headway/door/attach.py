@@ -571,12 +571,12 @@ def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:
 
 
 def _refuse_beside_policy(site: Site, policy: CachePolicy, stages: Sequence[Stage]) -> None:
-    """What a cache policy's own calls cannot carry at a site: selectors of the same phase, readers of weights, and
-    editors that know only the host's calls."""
+    """What a cache policy's own calls cannot carry at a site: selectors of the same phase, readers of weights or keys,
+    and editors that know only the host's calls."""
     for stage in stages:
         both = isinstance(stage, Selector) and stage.phases & policy.narrows
         blind = isinstance(stage, Editor) and stage.edits and not policy.narrows <= stage.reads_parts
-        if both or blind or (isinstance(stage, Observer) and stage.reads_weights):
+        if both or blind or (isinstance(stage, Observer) and (stage.reads_weights or stage.reads_keys)):
             why = (
                 f"selects keys in {', '.join(sorted(stage.phases & policy.narrows))}, where the policy reads its cache"
                 if isinstance(stage, Selector)

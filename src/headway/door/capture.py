@@ -143,6 +143,7 @@ class Capture(Observer):
     def __init__(self, spec: CaptureSpec) -> None:
         self.spec = spec
         self.reads_weights = bool(set(spec.what) & set(REDUCTIONS))
+        self.reads_keys = bool({"key", "value"} & set(spec.what))
         self.start()
 
     def start(self) -> None:

@@ -138,9 +138,12 @@ class Driver(Stage):
 
 class Observer(Stage):
     """Reads calls and their outputs; never changes them. State belongs to one attachment: `start` clears it.
-    `reads_weights` says that it takes weights from q and k, which an editor of weights would make untrue."""
+    `reads_weights` says that it takes weights from q and k, which an editor of weights would make untrue; `reads_keys`
+    that it takes keys or values of whole sequences, of which a cache policy's calls hold a part. Both are refused
+    beside a policy."""
 
     reads_weights = False
+    reads_keys = False
 
     def start(self) -> None:
         """Called once when the observer is attached."""

@@ -5,10 +5,9 @@
 Three forms behind one function. `masked` is the reference: one boolean mask, dense work. `gather` is the CPU form:
 query blocks that read equally many key blocks are grouped, their keys and values are copied side by side into one small
 buffer that stays in cache, and the platform's fused kernel runs on the group. Where the causal diagonal is all that
-needs a mask, it stands last in every group, which then shares one small mask. Otherwise pairs of blocks that are visible
-as a whole run without a mask, the others (window edges, ragged ends, padding) apart, and both parts meet by their
-log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds
-a FlexAttention block mask for CUDA.
+needs a mask, it stands last in every group, which then shares one small mask. Otherwise pairs of blocks that are
+visible as a whole run without a mask, the others (window edges, ragged ends, padding) apart, and both parts meet by
+their log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds a FlexAttention mask for CUDA.
 
 Queries and keys are cut into blocks of `query_block` and `key_block` tokens from their first token; the last block of
 either may be ragged. Query row i stands at key position i + offset.
@@ -297,8 +296,8 @@ class _Tiles:
         return self.query.new_zeros(items, size, self.work.value.shape[3]), lse
 
     def with_diagonal(self, selected: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass over every item. The diagonal is the last of an item's blocks, so that all items which select equally
-        many blocks share one small mask, and nothing has to be merged."""
+        """One pass over every item. The diagonal is the last of an item's blocks, so all items that select equally many
+        blocks share one small mask, and nothing has to be merged."""
         size, keys = self.work.key_block, self.work.blocks.shape[3] * self.work.key_block
         output = self.query.new_empty(*self.query.shape[:2], self.work.value.shape[3])
         lse = torch.empty(self.query.shape[:2], dtype=torch.float32, device=self.query.device)

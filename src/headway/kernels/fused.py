@@ -32,10 +32,10 @@ def fused_attention(
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Softmax attention and the log-sum-exp of its scaled logits (float32).
 
-    `bias` is added to the scaled logits in place of a mask, for callers who keep one for many calls; it may hide keys by
-    -inf, but no whole row. `causal` aligns the last query with the last key. Key and value may have fewer heads than the query; they are not
-    repeated. A row that sees nothing gives zeros and -inf. `dense_attention` is the reference, and what runs where no
-    fused kernel gives a log-sum-exp (other devices, value_dim ≠ dim)."""
+    `bias` is added to the scaled logits in place of a mask, for callers who keep one for many calls; it may hide keys
+    by -inf, but no whole row. `causal` aligns the last query with the last key. Key and value may have fewer heads than
+    the query; they are not repeated. A row that sees nothing gives zeros and -inf. `dense_attention` is the reference,
+    and what runs where no fused kernel gives a log-sum-exp (other devices, value_dim ≠ dim)."""
     check_heads(query, key)
     queries, keys = query.shape[2], key.shape[2]
     scale = query.shape[3] ** -0.5 if scale is None else scale

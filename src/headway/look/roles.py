@@ -282,8 +282,8 @@ def role_metrics(
     """The scores as head metrics, one grid row per entry of `sites` (by default those of the first argument given).
 
     Sites without a score, and heads that a site does not have, are NaN; so is a receiver score of −inf. Intervals are
-    given where rows were sampled, and over the samples of a task. The description ends with the level of chance. `sinks` and `window` only name what
-    the observer was given."""
+    given where rows were sampled, and over the samples of a task. The description ends with the level of chance.
+    `sinks` and `window` only name what the observer was given."""
     measured = retrieval.sites if retrieval is not None else induction.sites if induction is not None else []
     order = list(sites) if sites is not None else [r.site for r in roles] or list(measured)
 

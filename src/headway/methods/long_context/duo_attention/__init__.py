@@ -21,12 +21,11 @@ Differences to StreamingLLM: keys stay at their true positions, and only some he
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from headway.card import Card
+from headway.door.policy_hosts import text_config
 from headway.door.rotary import host_frequencies
 from headway.door.stages import Stage
 from headway.errors import ArgumentError
@@ -102,7 +101,7 @@ def budget_split(share: float, *, tokens: int, heads: int) -> tuple[int, int, in
 
 def _probe_scores(model: nn.Module, sinks: int, recent: int) -> Gates:
     """Scores on random tokens: there is no tokenizer at hand."""
-    config: Any = getattr(model.config, "text_config", None) or model.config
+    config = text_config(model)
     generator = torch.Generator().manual_seed(0)
     length = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
     low = min(8, config.vocab_size - 1)

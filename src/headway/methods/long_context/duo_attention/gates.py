@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from headway.door.policy_hosts import require_plain_decoder, text_config
 from headway.errors import ArgumentError, HostError
 from headway.files import write_atomically
 from headway.hosts.fingerprint import Fingerprint, check_fingerprint, fingerprint
@@ -129,15 +130,10 @@ def top_heads(values: Float[Tensor, "layers kv_heads"], count: int) -> Bool[Tens
 
 def kv_geometry(model: nn.Module) -> tuple[int, int]:
     """(layers, KV heads) of a decoder. Raises HostError for hosts whose caches do not hold keys per head and layer."""
-    config: Any = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise HostError(f"{name}: got an encoder-decoder, expected a decoder with one cache of its own tokens.")
+    require_plain_decoder(model)
+    config, name = text_config(model), type(model).__name__
     if getattr(config, "kv_lora_rank", None):
         raise HostError(f"{name}: got multi-head latent attention, expected keys and values per KV head.")
-    if getattr(config, "num_kv_shared_layers", None):
-        raise HostError(f"{name}: got layers that share keys and values, expected every layer to have its own.")
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     if kinds - {"full_attention", "sliding_attention"}:
         raise HostError(f"{name}: got layers of kind {', '.join(sorted(kinds))}, expected full or sliding attention.")

@@ -23,6 +23,8 @@ class PatternObserver(Observer):
     attention rows read per sequence. max_lag: longest lag of the curves. Single decoding steps say nothing about time
     and are skipped once a site has a profile."""
 
+    reads_weights = True
+
     frequencies: Tensor | Mapping[str, Tensor | None] | None = None
     layout: Layout = "half"
     max_rows: int | None = 512

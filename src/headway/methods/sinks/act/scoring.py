@@ -76,6 +76,8 @@ class HiddenSinks(Observer):
     `result()` maps (layer, head) to (number of sinks, mean share of a row on them) for every sequence seen. Options are
     those of `find_sinks`."""
 
+    reads_weights = True
+
     def __init__(self, **options: Any) -> None:
         self.options = options
 

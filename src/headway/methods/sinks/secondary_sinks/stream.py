@@ -58,6 +58,8 @@ class KeyValueNorms(Observer):
     """Norms of keys and values by layer, batch row and token, averaged over key heads. Rotary embedding keeps norms, so
     reading them after it changes nothing."""
 
+    reads_keys = True
+
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
