@@ -5,9 +5,9 @@ replacement. With N_s rows in stratum s, n_s of them drawn, the mean of a row st
 
     ȳ = Σ_s (N_s / N) · ȳ_s ,   Var ȳ = Σ_s (N_s / N)² (1 − n_s/N_s) s_s² / n_s
 
-(Cochran, Sampling Techniques, ch. 5). Where few strata hold most of the variance, few rows speak for it; the degrees of
-freedom of its t interval are those of Satterthwaite (Cochran, eq. 5.16), (Σ v_s)² / Σ v_s² / (n_s − 1) with v_s the terms
-of Var ȳ. All rows drawn gives the exact value with an interval of width zero.
+(Cochran, Sampling Techniques, ch. 5). Where few strata hold most of the variance, few rows speak for it: the degrees of
+freedom of the t interval are those of Satterthwaite (Cochran, eq. 5.16), (Σ v_s)² / Σ v_s² / (n_s − 1) with v_s the
+terms of Var ȳ. All rows drawn gives the exact value with an interval of width zero.
 """
 
 from __future__ import annotations
