@@ -101,6 +101,11 @@ def test_an_interrupt_tells_how_to_go_on(capsys, monkeypatch):
         (["look", "smollm2", "--encoding", "klingon", "--text", "README.md"], "encoding"),
         (["look", "./no-such-folder"], "no-such-folder"),
         (["prove", "sink-emergance"], "sink-emergence"),
+        (["plan", "llama-3.1-70b", "--context", "1M", "--method", "flexprefil"], "flexprefill"),
+        (["plan", "llama-3.1-70b", "--context", "a lot"], "tokens"),
+        (["plan", "llama-3.1-70b", "--hardware", "h1000"], "h100"),
+        (["compare", "smollm2", "--methods", "dhs"], "dhsa"),
+        (["compare", "smollm2", "--budget", "3"], "(0, 1]"),
         (["prove", "tappa", "--resume", "no-such-run"], "no-such-run"),
     ],
 )

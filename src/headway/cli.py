@@ -92,7 +92,9 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Slugs of `headway papers`, or window, sinks-window, random-blocks; with commas.")
     ] = "streaming-llm,flexprefill,sinks-window,random-blocks",
-    budgets: Annotated[str, typer.Option(help="Shares of the keys, such as 0.5,0.25.")] = "0.5,0.25,0.125",
+    budgets: Annotated[
+        str, typer.Option("--budgets", "--budget", help="Shares of the keys, such as 0.5,0.25.")
+    ] = "0.5,0.25,0.125",
     tasks: Annotated[
         str, typer.Option(help="Of perplexity, needle, recall, ruler, turns, choice, agreement; with commas.")
     ] = "perplexity,needle",
@@ -201,10 +203,19 @@ def plan(
         str | None, typer.Argument(help="A built-in shape such as llama-3.1-70b, a hub id, or a folder with a config.")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Length of the prompt: 4096, 128k, 1M, 128Ki (default 128Ki; 1024 with --check).")
+        str | None,
+        typer.Option(
+            "--tokens",
+            "--context",
+            help="Length of the prompt: 4096, 128k, 1M, 128Ki (default 128Ki; 1024 with --check).",
+        ),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Slugs of `headway papers`; with commas.")] = "streaming-llm",
-    budgets: Annotated[str, typer.Option(help="Shares of the keys, such as 0.25,0.1.")] = "0.25",
+    methods: Annotated[
+        str, typer.Option("--methods", "--method", help="Slugs of `headway papers`; with commas.")
+    ] = "streaming-llm",
+    budgets: Annotated[
+        str, typer.Option("--budgets", "--budget", help="Shares of the keys, such as 0.25,0.1.")
+    ] = "0.25",
     hardware: Annotated[str, typer.Option(help="h100, a100 or cpu.")] = "h100",
     devices: Annotated[
         int | None, typer.Option(help="How many share the work (default: as many as dense attention needs).")
