@@ -75,7 +75,7 @@ def run(
     data = write_atomically(out / "compare.json", found.to_json())
     printed = Console()
     summarise(found, printed)
-    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}")
+    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
 
 
 def parse_names(option: str, text: str) -> list[str]:
