@@ -62,7 +62,7 @@ def run(
     data = write_atomically(out / "look.json", found.to_json())
     printed = Console()
     summarise(found, printed)
-    printed.print(f"\nReport: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}")
+    printed.print(f"\nReport: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
 
 
 def parse_layers(text: str) -> list[int]:
