@@ -148,7 +148,6 @@ def reduce_attention(
         raise ArgumentError(f"mode: got {mode!r}, expected 'reference' or 'block'.")
     step = block or max(BLOCK_ELEMENTS // max(query.shape[0] * query.shape[1] * keys, 1), 16)
     reducers = {name: _REDUCERS[name](query, key, spans, top, window) for name in what}
-    query = query.float()
     key_columns = key.float().transpose(-1, -2)
     room = _room(query.shape[0] * query.shape[1] * min(step, index.numel()) * keys, query.device, workspace)
     for start in range(0, index.numel(), step):
@@ -220,7 +219,7 @@ def _weights(
     keys = max(keys, 1)
     batch, heads, count = query.shape[0], query.shape[1], rows.numel()
     kv_heads = key_columns.shape[1]
-    q = (query[:, :, rows] * common["scale"]).reshape(batch * kv_heads, -1, query.shape[3])
+    q = (query[:, :, rows].float() * common["scale"]).reshape(batch * kv_heads, -1, query.shape[3])
     k = key_columns[..., :keys].reshape(batch * kv_heads, query.shape[3], keys)
     logits, weights = room[:, : batch * heads * count * keys].view(2, batch, heads, count, keys)
     torch.bmm(q, k, out=logits.view(batch * kv_heads, q.shape[1], keys))
@@ -369,19 +368,29 @@ class _BlockMean(_Reducer):
     def start(self) -> None:
         count = len(self.spans)
         self.sum, self.pairs = self.zeros(count, count), self.zeros(count, count)
-        self.member = _membership(self.spans, self.keys, self.device)
         self.bounds = torch.tensor(self.spans, device=self.device)
 
     def update(self, block: Block) -> None:
-        inside = self.member[block.positions.clamp(min=0)]
-        self.sum += inside.T @ block.counted(self._by_span(block.weights))
-        self.pairs += inside.T @ block.counted(self._by_span(block.visible().float()))
+        place = block.positions[:, None]
+        inside = (place >= self.bounds[:, 0]) & (place < self.bounds[:, 1])
+        touched = inside.any(0).nonzero()[:, 0]
+        member = inside[:, touched].to(block.weights.dtype).T
+        # Only the segments of these rows change: the whole table is far larger than a block of weights.
+        self.sum[:, :, touched] += member @ block.counted(self._by_span(block.weights))
+        self.pairs[:, :, touched] += member @ block.counted(self._pairs(block))
 
     def _by_span(self, values: Float[Tensor, "... keys"]) -> Float[Tensor, "... spans"]:
         """Sums over the keys of each span, by differences of running sums: the cost does not grow with the spans."""
         running = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
         ends = self.bounds.clamp(max=values.shape[-1])
         return running[..., ends[:, 1]] - running[..., ends[:, 0]]
+
+    def _pairs(self, block: Block) -> Float[Tensor, "#batch #heads rows spans"]:
+        """How many keys of each span a row sees."""
+        if block.seen is not None or not block.causal:
+            return self._by_span(block.visible().float())
+        seen = (block.positions[:, None] + 1).clamp(self.bounds[:, 0], self.bounds[:, 1]) - self.bounds[:, 0]
+        return seen.float()[None, None]
 
     def result(self) -> Tensor:
         return torch.where(self.pairs > 0, self.sum / self.pairs, torch.nan)

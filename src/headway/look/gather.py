@@ -212,7 +212,7 @@ def _read_text(
     start = time.perf_counter()
     text, offsets = piece_offsets(pieces)
     received = ReceivedMass(sample)
-    roles = RoleObserver(sentences=sentence_spans(text, offsets), rows=sample)
+    roles = RoleObserver(sentences=sentence_spans(text, offsets), rows=sample, keep_block_means=False)
     patterns = PatternObserver.of(model, max_rows=PATTERN_ROWS)
     ticker = _Ticker(tell)
     with (

@@ -60,7 +60,8 @@ class RoleObserver(Observer):
     and (with `sentences`, token ranges) the receiver score.
 
     `rows` limits the work to sampled query rows; the scores then are estimates with 95 % intervals. `block` is the
-    number of query rows whose weights are held at a time. Only self-attention has roles; other sites are left out. Each
+    number of query rows whose weights are held at a time. `keep_block_means=False` drops the tables behind the receiver
+    score, heads × sentences² per site. Only self-attention has roles; other sites are left out. Each
     site may run once while attached: chunked or cached decoding raises ArgumentError."""
 
     sentences: Sequence[tuple[int, int]] = ()
@@ -69,6 +70,7 @@ class RoleObserver(Observer):
     window: int = WINDOW
     proximity: int = PROXIMITY
     block: int | None = None
+    keep_block_means: bool = True
     reads_weights = True
     _sites: dict[str, SiteRoles] = field(default_factory=dict, init=False, repr=False)
 
@@ -110,6 +112,7 @@ class RoleObserver(Observer):
         first = _first_tokens(call)
         padded = call.padded_rows()
         step = self.block or max(BLOCK_ELEMENTS // max(call.query.shape[0] * call.heads * call.keys, 1), 16)
+        call = call.replace(key=call.key.float())
         for begin in range(0, sample.index.numel(), step):
             rows = sample.index[begin : begin + step].to(device)
             dropped = None if padded is None else padded[:, rows]
@@ -143,7 +146,7 @@ class RoleObserver(Observer):
             scores=scores,
             uniform=even_scores,
             exact=sample.exact,
-            block_means=means,
+            block_means=means if self.keep_block_means else None,
             receiver=receiver,
         )
 

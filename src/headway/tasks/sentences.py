@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,9 +45,9 @@ def sentence_spans(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[
         )
     spans = []
     for start, stop in split_sentences(text):
-        inside = [i for i, c in places if start <= c < stop]
-        if inside:
-            spans.append((inside[0], inside[-1] + 1))
+        first, after = bisect_left(characters, start), bisect_left(characters, stop)
+        if first < after:
+            spans.append((places[first][0], places[after - 1][0] + 1))
     return spans
 
 
