@@ -162,8 +162,8 @@ def test_work_in_many_steps_is_the_same(learned, masked, diagonal, monkeypatch):
     whole = block_sparse_attention(query, key, value, blocks, form="gather", **options)
     monkeypatch.setattr(block_sparse, "STEP_BYTES", 1)
     steps = []
-    plain = block_sparse._Tiles._attend
-    monkeypatch.setattr(block_sparse._Tiles, "_attend", lambda *args: steps.append(1) or plain(*args))
+    plain = block_sparse._Tiles._gathered
+    monkeypatch.setattr(block_sparse._Tiles, "_gathered", lambda *args: steps.append(1) or plain(*args))
     by_steps = block_sparse_attention(query, key, value, blocks, form="gather", **options)
     assert len(steps) > 10
     for got, want in zip(by_steps, whole, strict=True):

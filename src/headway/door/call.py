@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.errors import NumericError
-from headway.kernels.dense import attention_logits, dense_attention, normalise, visible_keys
+from headway.kernels.dense import attention_logits, dense_attention, grouped_values, normalise, visible_keys
+from headway.kernels.weighing import Weighing
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class AttentionCall:
     A cache policy may put calls over part of a site in place of the host's: `of_heads` then tells which of the site's
     query heads the rows of `query` are, `of_rows` which of its query rows (first, and behind the last; all for None),
     and `key_at` the position in the sequence of each key where they are not consecutive. Such a call is not `causal`;
-    its mask says everything."""
+    its mask says everything.
+
+    `weighing` says how logits become weights where that is not the softmax (Headway's own modules)."""
 
     site: Site
     query: Float[Tensor, "batch heads queries dim"]
@@ -88,6 +91,7 @@ class AttentionCall:
     of_heads: Int[Tensor, " heads"] | None = None
     of_rows: tuple[int, int] | None = None
     key_at: Int[Tensor, "#batch #kv_heads keys"] | None = None
+    weighing: Weighing | None = None
     forward: Forward = field(default_factory=Forward)
 
     @property
@@ -124,8 +128,9 @@ class AttentionCall:
         return torch.arange(self.keys, device=self.query.device) + self.first_key
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that kernels take beside query, key and value."""
-        return {
+        """The keyword arguments that kernels take beside query, key and value; `weighing` only where there is one,
+        which the kernels of the softmax refuse."""
+        arguments = {
             "scale": self.scale,
             "causal": self.causal,
             "offset": self.offset,
@@ -133,6 +138,7 @@ class AttentionCall:
             "bias": self.bias,
             "softcap": self.softcap,
         }
+        return arguments if self.weighing is None else {**arguments, "weighing": self.weighing}
 
     def visible(self, rows: Int[Tensor, " rows"] | None = None) -> Bool[Tensor, "#batch #heads rows keys"]:
         """Which keys each query row may read, as a full boolean tensor for the given rows."""
@@ -147,14 +153,32 @@ class AttentionCall:
 
     def logits(self, rows: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "batch heads rows keys"]:
         """Scaled logits in float32, -inf where not visible."""
-        return attention_logits(self.query, self.key, rows, **self.arguments())
+        arguments = self.arguments()
+        arguments.pop("weighing", None)
+        return attention_logits(self.query, self.key, rows, **arguments)
 
     def weights(self, rows: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention weights in float32. Rows sum to one, or to less where the head has a learned sink."""
-        return normalise(self.logits(rows), self.sinks)[0]
+        """Attention weights in float32. Rows sum to one, or to less where the head has a learned sink; with a
+        `weighing` to whatever it says."""
+        if self.weighing is None:
+            return normalise(self.logits(rows), self.sinks)[0]
+        rows = torch.arange(self.queries, device=self.query.device) if rows is None else rows
+        return self.weighing(
+            self.logits(rows),
+            self.visible(rows),
+            positions=rows + self.offset,
+            query=self.query[:, :, rows],
+            key=self.key,
+        )
 
     def attend(self, **options: Any) -> tuple[Tensor, Tensor]:
-        """Dense output (batch, heads, queries, value_dim) and log-sum-exp by the door's own kernel."""
+        """Dense output (batch, heads, queries, value_dim) and log-sum-exp by the door's own kernel. Of weights that are
+        no softmax the second is ln Σ|w|; they take no options."""
+        if self.weighing is not None:
+            weights = self.weights()
+            output = grouped_values(weights.to(self.value.dtype), self.value)
+            seen = self.visible().any(-1).expand(weights.shape[:3])
+            return output, weights.abs().sum(-1).clamp(min=1e-30).log().masked_fill(~seen, -torch.inf)
         return dense_attention(self.query, self.key, self.value, sinks=self.sinks, **self.arguments(), **options)
 
     def real_tokens(self, start: int, stop: int) -> Bool[Tensor, "batch tokens"] | None:

@@ -15,7 +15,7 @@ from headway.door.selection import Blocks, Dense, Keys, Selection, Window
 from headway.door.stages import Editor, Selector
 from headway.errors import ArgumentError, ConflictError, EmptyRowError
 from headway.kernels.block_sparse import Band, block_sparse_attention, dense_is_faster
-from headway.kernels.dense import dense_attention
+from headway.kernels.dense import dense_attention, grouped_values
 from headway.kernels.fused import fused_attention, merge_attention
 from headway.kernels.gathered import gathered_attention, row_block, unique_keys
 
@@ -57,7 +57,8 @@ def execute(
     if not selections and not inside and not changed:
         return "native"
     titles = " and ".join(s.title for s in selectors)
-    if len(selections) == 1 and not inside and not masked and not call.dropout and call.bias is None:
+    plain = call.weighing is None
+    if len(selections) == 1 and plain and not inside and not masked and not call.dropout and call.bias is None:
         density = selection_density(selections[0], call)
         if all(s.approximates for s in selectors) and dense_is_faster(call.keys, density) and not changed:
             return "native: dense is as fast"
@@ -196,6 +197,8 @@ def execute_parts(
 
 def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a call with editors of weights inside; the fused kernel where it can do it."""
+    if call.weighing is not None:
+        return _attend_weighed(call, editors)
     plain = call.bias is None and call.softcap is None and call.sinks is None and not call.dropout
     square = not call.causal or call.offset == call.keys - call.queries
     if plain and square and not editors:
@@ -225,6 +228,18 @@ def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Ten
         empty_rows="zero",
         **call.arguments(),
     )
+
+
+def _attend_weighed(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Tensor]:
+    """The same where weights are no softmax: by the explicit weights, and ln Σ|w| for the log-sum-exp."""
+    if not editors:
+        return call.attend()
+    weights, rows = call.weights(), torch.arange(call.queries, device=call.query.device)
+    for editor in editors:
+        weights = editor.edit_weights(call, weights, rows)
+    seen = call.visible().any(-1).expand(weights.shape[:3])
+    size = weights.abs().sum(-1).clamp(min=1e-30).log().masked_fill(~seen, -torch.inf)
+    return grouped_values(weights.to(call.value.dtype), call.value), size
 
 
 def _named_heads(call: AttentionCall, editors: Sequence[Editor]) -> list[int] | None:

@@ -5,9 +5,9 @@
 Three forms behind one function. `masked` is the reference: one boolean mask, dense work. `gather` is the CPU form:
 query blocks that read equally many key blocks are grouped, their keys and values are copied side by side into one small
 buffer that stays in cache, and the platform's fused kernel runs on the group. Where the causal diagonal is all that
-needs a mask, it stands last in every group, which then shares one small mask. Otherwise pairs of blocks that are
-visible as a whole run without a mask, the others (window edges, ragged ends, padding) apart, and both parts meet by
-their log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds a FlexAttention mask for CUDA.
+needs a mask, it stands last in every group, which then shares one small mask; where much is selected, it runs apart as
+one causal batch, since a mask costs the kernel time at every key. Otherwise pairs of blocks that are visible as a whole
+run without a mask, the others (window edges, ragged ends, padding) apart. Parts meet by their log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds a FlexAttention mask for CUDA.
 
 Queries and keys are cut into blocks of `query_block` and `key_block` tokens from their first token; the last block of
 either may be ragged. Query row i stands at key position i + offset.
@@ -29,13 +29,15 @@ from headway.kernels.dense import check_heads, dense_attention, soft_capped, wit
 from headway.kernels.fused import fused_attention
 
 FORMS = ("auto", "masked", "gather", "flex")
-#: Bytes of gathered keys and values per step: more falls out of the cache before it is read, less costs calls (4 MiB
-#: was best of 1 to 16).
-STEP_BYTES = 1 << 22
+#: Bytes of gathered keys and values per step: more falls out of the cache before it is read, less costs calls (4 and
+#: 8 MiB were best of 2 to 32).
+STEP_BYTES = 1 << 23
 #: Where selecting stops paying on a CPU, measured by `benchmarks/run.py crossover`: fewer keys than this, or a larger
 #: share of the visible pairs.
 CROSSOVER_KEYS = 1024
 CROSSOVER_DENSITY = 0.7
+#: Selected keys per query from which the causal diagonal runs apart: measured at 8,192 tokens in blocks of 128.
+DIAGONAL_APART_KEYS = 1024
 
 
 @dataclass(frozen=True)
@@ -246,11 +248,12 @@ def _gather(work: _Work) -> tuple[Tensor, Tensor]:
     if work.needs_gradients:
         return tiles.differentiable(selected)
     partial = selected & ~whole
-    if _is_plain_diagonal(work, partial):
+    plain = _is_plain_diagonal(work, partial)
+    if plain and float(selected.double().sum(-1).mean()) * work.key_block < DIAGONAL_APART_KEYS:
         return tiles.whole(*tiles.with_diagonal(selected))
-    result = tiles.nothing()
+    result = tiles.diagonal() if plain else tiles.nothing()
     tiles.add(result, selected & whole, masked=False)
-    if bool(partial.any()):
+    if not plain and bool(partial.any()):
         tiles.add(result, partial, masked=True)
     return tiles.whole(*result)
 
@@ -265,6 +268,18 @@ def _is_plain_diagonal(work: _Work, partial: Tensor) -> bool:
         return False
     eye = torch.eye(partial.shape[2], dtype=torch.bool, device=partial.device)
     return bool((partial == eye).all())
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Some items: their numbers (rows · groups), the key blocks that each row of them reads (rows, chosen), the head and
+    the query block of each row, and how many query heads share a row."""
+
+    items: Tensor
+    blocks: Tensor
+    owner: Tensor
+    block: Tensor
+    groups: int
 
 
 class _Tiles:
@@ -304,74 +319,120 @@ class _Tiles:
         future = torch.ones(size, size, dtype=torch.bool, device=output.device).triu(1)
         hiding = output.new_zeros(size, keys)
         hiding[:, -size:].masked_fill_(future, -torch.inf)
-        for items, part, part_lse in self._steps(selected, masked=False, fold=True, hiding=hiding):
-            output.index_copy_(0, items, part)
-            lse.index_copy_(0, items, part_lse)
+        for step in self._steps(selected, fold=True):
+            query, key, value = self._gathered(step)
+            bias = hiding[:, -key.shape[2] :].repeat(step.groups, 1)[None, None]
+            part, part_lse = fused_attention(query, key, value, scale=self.work.scale, bias=bias)
+            output.index_copy_(0, step.items, part.reshape(step.items.numel(), size, -1))
+            lse.index_copy_(0, step.items, part_lse.reshape(-1, size))
+        return output, lse
+
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """Every block with itself, head by head: the blocks of a head are one causal batch, and nothing is copied."""
+        output = self.query.new_empty(*self.query.shape[:2], self.work.value.shape[3])
+        lse = torch.empty(self.query.shape[:2], dtype=torch.float32, device=self.query.device)
+        key, value = (x.view(x.shape[0], self.work.key_block, -1) for x in (self.key, self.value))
+        for head in range(self.batch * self.heads):
+            own = slice(head * self.count, (head + 1) * self.count)
+            kv_head = head // self.work.groups
+            theirs = slice(kv_head * self.count, (kv_head + 1) * self.count)
+            part, part_lse = fused_attention(
+                self.query[own, None], key[theirs, None], value[theirs, None], scale=self.work.scale, causal=True
+            )
+            output[own] = part[:, 0]
+            lse[own] = part_lse[:, 0]
         return output, lse
 
     def add(self, result: tuple[Tensor, Tensor], selected: Tensor, *, masked: bool) -> None:
         """Merges the chosen pairs into a result, a step at a time while it is in cache:
         o ← o + σ(lse′ − lse)(o′ − o)."""
         output, lse = result
-        for items, part, part_lse in self._steps(selected, masked, fold=not masked):
-            before = lse.index_select(0, items)
+        for step in self._steps(selected, fold=not masked):
+            part, part_lse = self._attend(step, masked)
+            before = lse.index_select(0, step.items)
             share = torch.sigmoid(part_lse - before).nan_to_num_(0.0)[..., None]
-            merged = output.index_select(0, items).float().lerp_(part.float(), share)
-            output.index_copy_(0, items, merged.to(output.dtype))
-            lse.index_copy_(0, items, torch.logaddexp(before, part_lse))
+            merged = output.index_select(0, step.items).float().lerp_(part.float(), share)
+            output.index_copy_(0, step.items, merged.to(output.dtype))
+            lse.index_copy_(0, step.items, torch.logaddexp(before, part_lse))
 
     def differentiable(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """One masked pass that gradients can flow through."""
-        steps = list(self._steps(selected, masked=True, fold=False))
+        steps = list(self._steps(selected, fold=False))
         if not steps:
             return self.whole(*self.nothing())
-        items, outputs, normalisers = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        outputs, normalisers = zip(*(self._attend(step, masked=True) for step in steps), strict=True)
+        items = torch.cat([step.items for step in steps])
         empty, no_lse = self.nothing()
-        return self.whole(empty.index_copy(0, items, outputs), no_lse.index_copy(0, items, normalisers))
+        return self.whole(
+            empty.index_copy(0, items, torch.cat(outputs)), no_lse.index_copy(0, items, torch.cat(normalisers))
+        )
 
-    def _steps(
-        self, selected: Tensor, masked: bool, fold: bool, hiding: Float[Tensor, "query_block keys"] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Item numbers, outputs and log-sum-exps of some items at a time. With `fold`, and where the query heads of a
-        group select alike, these heads share one gathered copy of their keys. The end of `hiding` is added to the
-        logits of every item."""
+    def _steps(self, selected: Tensor, fold: bool) -> Iterator[_Step]:
+        """Items that select equally many blocks, some at a time. With `fold`, and where the query heads of a group
+        select alike, these heads share one gathered copy of their keys."""
         fold = fold and selected.shape[1] in (1, self.kv_heads)
         heads = self.kv_heads if fold else self.heads
         groups = self.work.groups if fold else 1
         if selected.shape[1] not in (1, heads):
             selected = selected.repeat_interleave(heads // selected.shape[1], 1)
         chosen = selected.expand(self.batch, heads, -1, -1).flatten(0, 2)
+        counts = chosen.sum(-1)
+        order = counts.argsort(stable=True)
+        owner, block = order // self.count, order % self.count
         member = torch.arange(groups, device=chosen.device)
-        for rows, columns in _by_count(chosen, self._step_rows(groups)):
-            owner, block = rows // self.count, rows % self.count
-            items = ((owner[:, None] * groups + member) * self.count + block[:, None]).flatten()
-            kv_head = owner if fold else owner // self.work.groups
-            blocks = columns + (kv_head * self.work.blocks.shape[3])[:, None]
-            seen = None
-            if masked:
-                seen = self.work.tile_mask(owner // self.heads, owner % self.heads, block, columns)[:, None]
-            query = self.query.index_select(0, items).view(rows.numel(), 1, -1, self.query.shape[2])
-            bias = None
-            if hiding is not None:
-                bias = hiding[:, -columns.shape[1] * self.work.key_block :].repeat(groups, 1)[None, None]
-            part, lse = self._attend(query, blocks, seen, bias)
-            yield items, part.reshape(items.numel(), -1, part.shape[3]), lse.reshape(items.numel(), -1)
+        items = (owner[:, None] * groups + member) * self.count + block[:, None]
+        kv_head = owner if fold else owner // self.work.groups
+        # All blocks of all items in the order of the items: each step then is a slice.
+        columns = chosen[order].nonzero()
+        blocks = columns[:, 1] + kv_head[columns[:, 0]] * self.work.blocks.shape[3]
+        values, lengths = torch.unique_consecutive(counts[order], return_counts=True)
+        step_rows = self._step_rows(groups)
+        row = place = 0
+        for count, length in zip(values.tolist(), lengths.tolist(), strict=True):
+            end = row + length
+            if count == 0:
+                row = end
+                continue
+            size = step_rows(count)
+            while row < end:
+                stop = min(row + size, end)
+                rows = slice(row, stop)
+                part = slice(place, place + (stop - row) * count)
+                yield _Step(items[rows].flatten(), blocks[part].view(-1, count), owner[rows], block[rows], groups)
+                row, place = stop, part.stop
+
+    def _gathered(self, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (rows, 1, groups · query_block, dim), and the keys and values of the step's blocks side by side."""
+        work, rows = self.work, step.blocks.shape[0]
+        query = self.query.index_select(0, step.items).view(rows, 1, -1, self.query.shape[2])
+        index = step.blocks.flatten()
+        key, value = (
+            self._copy(which, x, index).view(rows, 1, -1, like.shape[3])
+            for which, (x, like) in enumerate(((self.key, work.key), (self.value, work.value)))
+        )
+        return query, key, value
+
+    def _attend(self, step: _Step, masked: bool) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of the items of a step over their chosen blocks."""
+        work = self.work
+        query, key, value = self._gathered(step)
+        seen = None
+        if masked:
+            columns = step.blocks % work.blocks.shape[3]
+            seen = work.tile_mask(step.owner // self.heads, step.owner % self.heads, step.block, columns)[:, None]
+        if work.softcap is None and not work.exact_lse:
+            part, lse = fused_attention(query, key, value, scale=work.scale, mask=seen)
+        else:
+            part, lse = dense_attention(
+                query, key, value, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero"
+            )
+        return part.reshape(step.items.numel(), -1, part.shape[3]), lse.reshape(step.items.numel(), -1)
 
     def _step_rows(self, groups: int) -> Callable[[int], int]:
         """Rows per step for a number of chosen blocks, so that what is gathered stays in cache."""
         per_block = self.work.key_block * (self.work.key.shape[3] + self.work.value.shape[3]) * self.key.element_size()
         least = 2 * torch.get_num_threads()
         return lambda chosen: max(least, STEP_BYTES // max(chosen * per_block, 1))
-
-    def _attend(self, query: Tensor, blocks: Tensor, seen: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        work, rows = self.work, query.shape[0]
-        key, value = (
-            self._copy(which, x, blocks.flatten()).view(rows, 1, -1, like.shape[3])
-            for which, (x, like) in enumerate(((self.key, work.key), (self.value, work.value)))
-        )
-        if work.softcap is None and not work.exact_lse:
-            return fused_attention(query, key, value, scale=work.scale, mask=seen, bias=bias)
-        return dense_attention(query, key, value, scale=work.scale, mask=seen, softcap=work.softcap, empty_rows="zero")
 
     def _copy(self, which: int, x: Tensor, index: Tensor) -> Tensor:
         """The chosen blocks side by side, in a buffer that is used again (a fresh one where gradients flow)."""
@@ -383,28 +444,6 @@ class _Tiles:
             self.buffers = (grown[0], grown[1])
         out = self.buffers[which][:need].view(index.numel(), x.shape[1])
         return torch.index_select(x.detach(), 0, index, out=out)
-
-
-def _by_count(
-    chosen: Bool[Tensor, "items key_blocks"], step: Callable[[int], int]
-) -> Iterator[tuple[Int[Tensor, " rows"], Int[Tensor, "rows chosen"]]]:
-    """Items that select equally many blocks, a step at a time: their numbers and their blocks."""
-    counts = chosen.sum(-1)
-    columns = chosen.nonzero()[:, 1]
-    starts = counts.cumsum(0) - counts
-    order = counts.argsort(stable=True)
-    sorted_counts = counts[order]
-    values, lengths = torch.unique_consecutive(sorted_counts, return_counts=True)
-    begin = 0
-    for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
-        members = order[begin : begin + length]
-        begin += length
-        if value == 0:
-            continue
-        inner = torch.arange(value, device=chosen.device)
-        for at in range(0, length, step(value)):
-            rows = members[at : at + step(value)]
-            yield rows, columns[starts[rows][:, None] + inner]
 
 
 def _flex(work: _Work) -> tuple[Tensor, Tensor]:

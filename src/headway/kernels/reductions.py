@@ -18,6 +18,7 @@ taken from them before the next block:
     weights, logits      the selected rows themselves
 
 With learned sinks the weights of a row sum to less than one and `entropy`, `distance` speak of the weights as they are.
+With a `weighing` the weights are those it gives, of any sign, and `entropy` is that of |w| / Σ|w|.
 Rows that see nothing are NaN in row statistics and add nothing to sums.
 """
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from headway.errors import ArgumentError, unknown
 from headway.kernels.dense import attention_logits, check_heads, normalise, soft_capped, visible_keys
 from headway.kernels.rows import RowSample
+from headway.kernels.weighing import Weighing, weighed_entropy
 
 #: Elements of one block of weights: 1.2 M float32 are 5 MB and stay in the caches of a laptop.
 BLOCK_ELEMENTS = 1_200_000
@@ -72,6 +74,7 @@ class Block:
     row_weight: Float[Tensor, "#batch rows"] | None
     causal: bool
     whole: bool
+    weighed: bool = False
 
     def mass(self) -> Float[Tensor, "batch heads rows"] | float:
         """Row sums: one, unless there are learned sinks or rows that see nothing."""
@@ -117,6 +120,7 @@ def reduce_attention(
     window: int = 64,
     block: int | None = None,
     mode: str = "block",
+    weighing: Weighing | None = None,
     workspace: dict[Any, Any] | None = None,
 ) -> dict[str, Tensor]:
     """The reductions named in `what`, each as (batch, heads, …) in float32 (or int64).
@@ -139,6 +143,7 @@ def reduce_attention(
         "mask": mask,
         "bias": bias,
         "softcap": softcap,
+        "weighing": weighing,
     }
     index = _row_index(rows, queries, query.device)
     weight = _row_weight(rows, row_valid, index)
@@ -241,6 +246,8 @@ def _weights(
         logits[..., first:].masked_fill_(future, HIDDEN)
         if int(positions[0]) < 0:
             empty = (positions < 0).expand(batch, heads, count)
+    if common["weighing"] is not None:
+        return _weighed(query, key_columns, rows, row_weight, common, logits, seen, empty)
     torch.ops.aten._softmax.out(logits, -1, False, out=weights)
     # The log-sum-exp follows from the largest entry: ln w_max = s_max − lse.
     lse = logits.amax(-1) - weights.amax(-1).log()
@@ -253,6 +260,31 @@ def _weights(
         weights = weights.masked_fill(empty[..., None], 0.0)
         whole = False
     return Block(rows, positions, logits, weights, lse, seen, empty, row_weight, common["causal"], whole)
+
+
+def _weighed(
+    query: Tensor,
+    key_columns: Tensor,
+    rows: Tensor,
+    row_weight: Tensor | None,
+    common: dict[str, Any],
+    logits: Tensor,
+    seen: Tensor | None,
+    empty: Tensor | None,
+) -> Block:
+    """A block whose weights come from a weighing, of all keys: what is not visible has weight zero."""
+    keys, positions = logits.shape[-1], rows + common["offset"]
+    block = Block(
+        rows, positions, logits, logits, logits[..., 0], seen, empty, row_weight, common["causal"], False, True
+    )
+    block.weights = common["weighing"](
+        logits,
+        block.visible(),
+        positions=positions,
+        query=query[:, :, rows].float(),
+        key=key_columns[..., :keys].transpose(-1, -2),
+    )
+    return block
 
 
 def _room(elements: int, device: torch.device, workspace: dict[Any, Any] | None) -> Float[Tensor, "2 elements"]:
@@ -315,6 +347,8 @@ class _Visible(_Received):
 
 class _Entropy(_Reducer):
     def row_statistic(self, block: Block) -> Tensor:
+        if block.weighed:
+            return weighed_entropy(block.weights)
         return block.mass() * block.lse - torch.linalg.vecdot(block.weights, block.logits)
 
 
@@ -480,8 +514,13 @@ def _reference(
     window: int,
 ) -> dict[str, Tensor]:
     """Every reduction from the full matrix of weights, by its definition."""
+    weighing = common.pop("weighing")
     logits = attention_logits(query, key, index, **common)
     weights, _ = normalise(logits, sinks)
+    if weighing is not None:
+        visible = torch.isfinite(logits)
+        positions = index + common["offset"]
+        weights = weighing(logits, visible, positions=positions, query=query[:, :, index].float(), key=key.float())
     batch, heads, rows, keys = weights.shape
     seen = visible_keys(index, keys, causal=common["causal"], offset=common["offset"], mask=common["mask"])
     seen = torch.ones_like(weights, dtype=torch.bool) if seen is None else seen.expand_as(weights)
@@ -516,7 +555,7 @@ def _reference(
     forms: dict[str, Callable[[], Tensor]] = {
         "received": lambda: (weights * counts).sum(2),
         "visible": lambda: (seen * counts).expand(batch, heads, rows, keys).sum(2),
-        "entropy": lambda: nan(torch.special.entr(weights).sum(-1)),
+        "entropy": lambda: nan(torch.special.entr(weights).sum(-1) if weighing is None else weighed_entropy(weights)),
         "distance": lambda: nan((weights * gap).sum(-1)),
         "argmax": lambda: weights.argmax(-1).masked_fill(empty, -1),
         "first": lambda: nan(weights[..., 0]),

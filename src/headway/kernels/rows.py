@@ -6,8 +6,10 @@ replacement. With N_s rows in stratum s, n_s of them drawn, the mean of a row st
     ȳ = Σ_s (N_s / N) · ȳ_s ,   Var ȳ = Σ_s (N_s / N)² (1 − n_s/N_s) s_s² / n_s
 
 (Cochran, Sampling Techniques, ch. 5). Where few strata hold most of the variance, few rows speak for it: the degrees of
-freedom of the t interval are those of Satterthwaite (Cochran, eq. 5.16), (Σ v_s)² / Σ v_s² / (n_s − 1) with v_s the
-terms of Var ȳ. All rows drawn gives the exact value with an interval of width zero.
+freedom of the t interval are those of Satterthwaite (eq. 5.16), (Σ v_s)² / Σ v_s² / (n_s − 1) with v_s the terms of
+Var ȳ. Three rows say little of the heavy tails of attention, so the same is done with groups of neighbouring strata
+(collapsed strata, ch. 5A.12) in the place of s, and the wider of the two intervals is given. All rows drawn gives the
+exact value with an interval of width zero.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.errors import ArgumentError
 
 #: Rows drawn per stratum: three give every stratum a variance with two degrees of freedom.
 ROWS_PER_STRATUM = 3
+#: Strata that share one estimate of the spread in the second of the two intervals.
+STRATA_PER_GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -91,26 +95,43 @@ def estimate_mean(values: Float[Tensor, "... rows"], sample: RowSample, level: f
         mean = filled.sum(-1) / valid.sum(-1)
         return Estimate(mean, mean, mean)
     device = values.device
-    strata = int(sample.stratum.max()) + 1
-    index = sample.stratum.to(device).expand_as(values)
+    weights = sample.weight.to(device).double().expand_as(values)
+    stratum = sample.stratum.to(device).expand_as(values)
+    centre = _summed(filled, stratum) / _summed(valid.double(), stratum).clamp(min=1)
+    size = _summed(weights * valid, stratum)
+    mean = (size / size.sum(-1, keepdim=True) * centre).sum(-1)
+    reach = torch.maximum(
+        *(_reach(filled, valid, weights, stratum // size, level) for size in (1, STRATA_PER_GROUP))
+    )
+    return Estimate(mean, mean - reach, mean + reach)
 
-    def summed(x: Tensor) -> Tensor:
-        return torch.zeros(*values.shape[:-1], strata, dtype=torch.float64, device=device).scatter_add_(-1, index, x)
 
-    count = summed(valid.double())
-    size = summed(sample.weight.to(device).double().expand_as(values) * valid)
+def _reach(
+    filled: Float[Tensor, "... rows"],
+    valid: Bool[Tensor, "... rows"],
+    weights: Float[Tensor, "... rows"],
+    group: Int[Tensor, "... rows"],
+    level: float,
+) -> Float[Tensor, "..."]:
+    """Half the width of the t interval when the spread is taken within the given groups."""
+    from scipy.stats import t
+
+    count, size = _summed(valid.double(), group), _summed(weights * valid, group)
     drawn = count.clamp(min=1)
-    centre = summed(filled) / drawn
-    spread = summed(((filled - centre.gather(-1, index)) * valid) ** 2) / (count - 1).clamp(min=1)
+    centre = _summed(filled, group) / drawn
+    spread = _summed(((filled - centre.gather(-1, group)) * valid) ** 2, group) / (count - 1).clamp(min=1)
     share = size / size.sum(-1, keepdim=True)
-    mean = (share * centre).sum(-1)
     part = share**2 * (1 - count / size.clamp(min=1)).clamp(min=0) * spread / drawn
     variance = part.sum(-1)
     freedom = (variance**2 / (part**2 / (count - 1).clamp(min=1)).sum(-1)).nan_to_num(1.0).clamp(min=1)
-    from scipy.stats import t
+    quantile = torch.as_tensor(np.asarray(t.ppf(0.5 + level / 2, freedom.cpu().numpy())), device=filled.device)
+    return quantile * variance.sqrt()
 
-    reach = torch.as_tensor(np.asarray(t.ppf(0.5 + level / 2, freedom.cpu().numpy())), device=device) * variance.sqrt()
-    return Estimate(mean, mean - reach, mean + reach)
+
+def _summed(x: Float[Tensor, "... rows"], group: Int[Tensor, "... rows"]) -> Float[Tensor, "... groups"]:
+    """Sums over the rows of each group."""
+    groups = int(group.max()) + 1
+    return torch.zeros(*x.shape[:-1], groups, dtype=torch.float64, device=x.device).scatter_add_(-1, group, x)
 
 
 def mean_of_samples(values: Float[Tensor, "samples ..."], level: float = 0.95) -> Estimate:

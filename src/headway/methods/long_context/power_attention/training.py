@@ -9,25 +9,24 @@ given; those here are the usual ones of fine-tuning.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headway.door import use
 from headway.door.stages import Selector
-from headway.errors import ArgumentError, NumericError
+from headway.errors import ArgumentError
 from headway.methods.long_context.power_attention.selector import PowerAttention
-
-Batch = Tensor | Mapping[str, Tensor]
+from headway.train import Batch, train
+from headway.train.groups import trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """The loss before each step in nats, and how many tokens were read."""
+    """The loss before each step in nats, and how many real tokens were read."""
 
     losses: tuple[float, ...]
     tokens: int
@@ -60,38 +59,20 @@ def fine_tune(
             f"steps, learning_rate, warmup, clip: got {steps}, {learning_rate}, {warmup}, {clip}; expected steps ≥ 1, "
             "warmup ≥ 0, and the others above 0."
         )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ArgumentError("model: got no parameter that requires gradients. Call model.requires_grad_(True) first.")
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, warmup))
+    optimizer = torch.optim.AdamW(trained_parameters(model), lr=learning_rate, weight_decay=weight_decay)
     if isinstance(method, PowerAttention):
         method = replace(method, trained=True)
-    was_training = model.training
-    losses, tokens = [], 0
-    stream = iter(batches)
-    try:
-        with nullcontext() if method is None else use(model, method):
-            model.train()
-            for step in range(steps):
-                inputs = _inputs(next(stream, None), step, steps)
-                loss = model(**inputs).loss
-                if not bool(torch.isfinite(loss)):
-                    raise NumericError(
-                        f"loss at step {step}: got {float(loss.detach())}, expected a finite number. Lower "
-                        f"learning_rate ({learning_rate}), or check the labels."
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, clip)
-                optimizer.step()
-                schedule.step()
-                losses.append(float(loss.detach()))
-                tokens += inputs["input_ids"].numel()
-    finally:
-        model.train(was_training)
-        optimizer.zero_grad(set_to_none=True)
-    return FineTuned(losses=tuple(losses), tokens=tokens)
+    with nullcontext() if method is None else use(model, method):
+        found = train(
+            model,
+            (_inputs(batch) for batch in batches),
+            steps=steps,
+            optimizer=optimizer,
+            schedule=lambda step: rate(step, steps, warmup),
+            clip=clip,
+            seed=None,
+        )
+    return FineTuned(losses=found.losses, tokens=found.tokens)
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
@@ -101,11 +82,7 @@ def rate(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def _inputs(batch: Batch | None, step: int, steps: int) -> dict[str, Any]:
-    if batch is None:
-        raise ArgumentError(f"batches: got {step}, expected one for each of {steps} steps. Give more, or fewer steps.")
-    if isinstance(batch, Tensor):
-        return {"input_ids": batch, "labels": batch, "use_cache": False}
-    if "input_ids" not in batch or "labels" not in batch:
+def _inputs(batch: Batch) -> Batch:
+    if not isinstance(batch, Tensor) and not {"input_ids", "labels"} <= set(batch):
         raise ArgumentError(f"batch: got {sorted(batch)}, expected input_ids and labels among them.")
-    return {"use_cache": False, **batch}
+    return batch

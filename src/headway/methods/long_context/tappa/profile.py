@@ -233,7 +233,7 @@ def _head_rows(sequence: _Sequence, head: int, windows: list[range], max_lag: in
             rows = sequence.rows[start : min(start + WINDOW_ROWS, window.stop)]
             part = _up_to(one, int(rows[-1]) + 1)
             logits = part.logits(rows)
-            similarity.update(normalise(logits, part.sinks)[0][0, 0])
+            similarity.update((part.weights(rows) if part.weighing else normalise(logits, part.sinks)[0])[0, 0])
             curves.append(_curves(logits[0, 0, ::stride], reach, max_lag))
         if sequence.frequencies is not None and len(window) > 1:
             last = sequence.rows[window.start : window.stop][-BOUND_STEPS - 1 :]

@@ -1,0 +1,30 @@
+"""Models built of any registered mixer: a causal language model and an image classifier, both real `transformers` models.
+
+    from headway.models import HeadwayConfig, HeadwayForCausalLM
+    model = HeadwayForCausalLM(HeadwayConfig(vocab_size=512, width=128, layers=4, heads=4, mixer="lightning"))
+
+They save, load and generate as every other host does, and their attention passes the door.
+"""
+
+from __future__ import annotations
+
+from headway.models.cache import HeadwayCache
+from headway.models.config import HeadwayConfig, HeadwayViTConfig
+from headway.models.language import HeadwayForCausalLM
+from headway.models.mixers import mixers
+from headway.models.vision import HeadwayViT
+
+__all__ = ["HeadwayCache", "HeadwayConfig", "HeadwayForCausalLM", "HeadwayViT", "HeadwayViTConfig", "mixers"]
+
+
+def register() -> None:
+    """Makes the classes known to `AutoConfig`, `AutoModelForCausalLM` and `AutoModelForImageClassification`."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+
+    AutoConfig.register(HeadwayConfig.model_type, HeadwayConfig, exist_ok=True)
+    AutoConfig.register(HeadwayViTConfig.model_type, HeadwayViTConfig, exist_ok=True)
+    AutoModelForCausalLM.register(HeadwayConfig, HeadwayForCausalLM, exist_ok=True)
+    AutoModelForImageClassification.register(HeadwayViTConfig, HeadwayViT, exist_ok=True)
+
+
+register()

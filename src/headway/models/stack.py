@@ -1,0 +1,89 @@
+"""The stack of blocks that all models here share: mixer and MLP, each with its norm and its residual sum."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headway.door.mixer import State
+from headway.models.config import _Stack
+from headway.models.mixers import build_mixer
+
+EPSILON = 1e-6
+
+
+def make_norm(kind: str, width: int) -> nn.Module:
+    """A norm over the last dimension by its name in the config."""
+    if kind == "rms":
+        return nn.RMSNorm(width, eps=EPSILON)
+    if kind == "layer":
+        return nn.LayerNorm(width)
+    from headway.kernels import norms
+
+    return norms.SimpleRMSNorm() if kind == "srms" else norms.SingleScaleRMSNorm()
+
+
+class MLP(nn.Module):
+    """W_o( a(W_g x) ⊙ W_u x ) for gated kinds, W_o a(W_u x) for others. `sglu` has no activation (TNL)."""
+
+    def __init__(self, width: int, inner: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        gated = kind in ("swiglu", "sglu", "geglu")
+        self.up = nn.Linear(width, inner, bias=False)
+        self.gate = nn.Linear(width, inner, bias=False) if gated else None
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        up = self.up(x)
+        if self.gate is None:
+            return self.down(functional.gelu(up) if self.kind == "gelu" else functional.relu(up))
+        gate = self.gate(x)
+        if self.kind == "swiglu":
+            gate = functional.silu(gate)
+        elif self.kind == "geglu":
+            gate = functional.gelu(gate)
+        return self.down(gate * up)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); with `norm_place="post"` norm(x + mixer(x)) and the like."""
+
+    def __init__(self, config: _Stack, layer: int, causal: bool) -> None:
+        super().__init__()
+        name, options = config.mixer_of(layer)
+        if not causal:
+            options["causal"] = False
+        self.mixer = build_mixer(name, config.width, config.heads, layer, config.layers, options)
+        self.post = config.norm_place == "post"
+        self.mixer_norm = make_norm(config.norm, config.width)
+        self.mlp = None if config.mlp == "none" else MLP(config.width, config.mlp_width, config.mlp)
+        self.mlp_norm = None if self.mlp is None else make_norm(config.norm, config.width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens width"],
+        *,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        resets: Bool[Tensor, "batch tokens"] | None = None,
+        state: State | None = None,
+        mode: str = "block",
+        grid: tuple[int, int] | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens width"], State | None]:
+        given = x if self.post else self.mixer_norm(x)
+        mixed, state = self.mixer(given, mask=mask, resets=resets, state=state, mode=mode, grid=grid)
+        x = self.mixer_norm(x + mixed) if self.post else x + mixed
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = self.mlp_norm(x + self.mlp(x)) if self.post else x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """N(0, std²) for linear maps and embeddings outside of mixers, which initialise themselves."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        with torch.no_grad():
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
