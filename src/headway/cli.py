@@ -18,6 +18,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+train_app = typer.Typer(help="Train models of any mixer.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 
 class Size(StrEnum):
     smoke = "smoke"
@@ -267,6 +272,152 @@ def doctor(
     from headway.look.doctor import run
 
     run(model, as_json=json)
+
+
+@train_app.command("lm")
+def train_lm(
+    mixer: Annotated[
+        str, typer.Option(help="Name of a mixer, or several with commas, which repeat from layer to layer.")
+    ] = "softmax",
+    normalizer: Annotated[
+        str | None, typer.Option("--normalizer", help="What the softmax mixer does to its logits, such as softpick.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="Further options of the mixer: window=64. Repeatable.")
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="default (a built-in text), a folder of `headway data tokenize`, a text file or folder, or a "
+            "generated task: recall, key-value, copy, state; with settings: recall:pairs=4,gap=64."
+        ),
+    ] = "default",
+    tokenizer: Annotated[str, typer.Option(help="For texts: bytes, a folder, a hub id, or smollm2.")] = "bytes",
+    tokens: Annotated[int, typer.Option(help="Length of a row.")] = 256,
+    width: Annotated[int, typer.Option(help="Width of the model.")] = 128,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Its heads.")] = 4,
+    mlp: Annotated[str, typer.Option(help="swiglu, sglu, geglu, gelu, relu or none.")] = "swiglu",
+    norm: Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")] = "rms",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices; norms and biases do not decay.")] = 0.1,
+    warmup: Annotated[int | None, typer.Option(help="Steps of warm-up (default: a tenth, at most 100).")] = None,
+    schedule: Annotated[str, typer.Option(help="cosine, wsd, linear or constant.")] = "cosine",
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and dropout.")] = 0,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations (default: a tenth).")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (default: a tenth).")] = None,
+    keep: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
+    compile: Annotated[bool, typer.Option("--compile", help="Through torch.compile; reported.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out was ended.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for model, log and checkpoints.")] = Path("train-out"),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Train a causal language model of any mixer; `headway look OUT` then reads it."""
+    from headway.lab.train_command import Course, Shape
+    from headway.lab.train_command import train_lm as run
+
+    shape = Shape(
+        mixer=mixer, normalizer=normalizer, options=option or [], width=width, layers=layers, heads=heads, mlp=mlp,
+        norm=norm,
+    )  # fmt: skip
+    course = Course(
+        steps=steps, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
+        schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed, validate_every=validate_every,
+        checkpoint_every=checkpoint_every, keep=keep, compile=compile, resume=resume, out=out, as_json=json,
+    )  # fmt: skip
+    run(shape, course, data=data, tokenizer=tokenizer, tokens=tokens)
+
+
+@train_app.command("vit")
+def train_vit(
+    mixer: Annotated[
+        str, typer.Option(help="Name of a mixer that reads both ways, or several with commas.")
+    ] = "softmax",
+    normalizer: Annotated[
+        str | None, typer.Option("--normalizer", help="What the softmax mixer does to its logits, such as softpick.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="Further options of the mixer: name=value. Repeatable.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="digits or mnist-5k.")] = "digits",
+    patch: Annotated[int, typer.Option(help="Pixels of a side of a patch.")] = 1,
+    shift: Annotated[int, typer.Option(help="Move images by up to so many pixels at random.")] = 0,
+    held_out: Annotated[float, typer.Option(help="Share of the images for validation.")] = 0.25,
+    width: Annotated[int, typer.Option(help="Width of the model.")] = 32,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 2,
+    heads: Annotated[int, typer.Option(help="Its heads.")] = 4,
+    mlp: Annotated[str, typer.Option(help="swiglu, sglu, geglu, gelu, relu or none.")] = "gelu",
+    norm: Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")] = "layer",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
+    batch: Annotated[int, typer.Option(help="Images of a batch.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices; norms and biases do not decay.")] = 0.05,
+    warmup: Annotated[int | None, typer.Option(help="Steps of warm-up (default: a tenth, at most 100).")] = None,
+    schedule: Annotated[str, typer.Option(help="cosine, wsd, linear or constant.")] = "cosine",
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 5.0,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and dropout.")] = 0,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations (default: a tenth).")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (default: a tenth).")] = None,
+    keep: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
+    compile: Annotated[bool, typer.Option("--compile", help="Through torch.compile; reported.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out was ended.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for model, log and checkpoints.")] = Path("train-out"),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Train an image classifier of any mixer that reads both ways."""
+    from headway.lab.train_command import Course, Shape
+    from headway.lab.train_command import train_vit as run
+
+    shape = Shape(
+        mixer=mixer, normalizer=normalizer, options=option or [], width=width, layers=layers, heads=heads, mlp=mlp,
+        norm=norm,
+    )  # fmt: skip
+    course = Course(
+        steps=steps, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
+        schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed, validate_every=validate_every,
+        checkpoint_every=checkpoint_every, keep=keep, compile=compile, resume=resume, out=out, as_json=json,
+    )  # fmt: skip
+    run(shape, course, data=data, patch=patch, shift=shift, held_out=held_out)
+
+
+@data_app.command("tokenize")
+def tokenize(
+    folder: Annotated[Path, typer.Argument(help="A folder of texts, or one file: .txt, .md, .jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token files.")] = Path("tokens"),
+    tokenizer: Annotated[str, typer.Option(help="bytes (no download), a folder, a hub id, or smollm2.")] = "bytes",
+    pattern: Annotated[
+        list[str] | None, typer.Option("--pattern", help="Which files, such as '**/*.py'. Repeatable.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="What is a document: file, line or paragraph.")] = "file",
+    field: Annotated[str, typer.Option(help="Where .jsonl files have their text.")] = "text",
+    separator: Annotated[
+        int | None, typer.Option(help="Id behind each document (default: the tokenizer's end of text).")
+    ] = None,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 2**25,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Write the token files of a folder of texts; goes on where it was ended."""
+    from headway.lab.train_command import tokenize as run
+    from headway.train.tokenizing import PATTERNS
+
+    run(
+        folder,
+        out,
+        tokenizer=tokenizer,
+        patterns=pattern or PATTERNS,
+        split=split,
+        field=field,
+        separator=separator,
+        shard_tokens=shard_tokens,
+        as_json=json,
+    )
 
 
 def main() -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -207,6 +209,7 @@ def _load_source(source: str | Path, name: str, options: dict[str, Any], *, loca
     weights = {"dtype": options["dtype"], "attn_implementation": options["attn_implementation"]}
     try:
         with convert.quiet_bars() if local else nullcontext():
+            _know_own_models(source)
             config = AutoConfig.from_pretrained(source, **shared)
             model, facts = _model_class(config).from_pretrained(
                 source, config=config, use_safetensors=True, output_loading_info=True, **weights, **shared
@@ -226,6 +229,13 @@ def _load_source(source: str | Path, name: str, options: dict[str, Any], *, loca
     return model, processor
 
 
+def _know_own_models(source: str | Path) -> None:
+    """Makes models that were trained here known to transformers. They stand above hosts, so they are named by text."""
+    config = Path(source) / "config.json"
+    if config.is_file() and str(json.loads(config.read_text(encoding="utf-8")).get("model_type")).startswith("headway"):
+        importlib.import_module("headway.models")
+
+
 def _model_class(config: Any) -> Any:
     """AutoModelForCausalLM where the checkpoint says that it is one, AutoModel for everything else."""
     from transformers import AutoModel, AutoModelForCausalLM
@@ -239,7 +249,8 @@ def _model_class(config: Any) -> Any:
     }
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     stated = set(config.architectures or ())
-    return AutoModelForCausalLM if remote or stated & causal else AutoModel
+    registered = type(config) in AutoModelForCausalLM._model_mapping and any(n.endswith("ForCausalLM") for n in stated)
+    return AutoModelForCausalLM if remote or registered or stated & causal else AutoModel
 
 
 def _processor(source: str | Path, model: Any, shared: dict[str, Any]) -> Any:

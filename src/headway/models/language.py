@@ -13,10 +13,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from headway.door.mixer import State
 from headway.errors import ArgumentError
+from headway.kernels.norms import make_norm
 from headway.models.base import HeadwayPreTrainedModel
 from headway.models.cache import HeadwayCache
 from headway.models.config import HeadwayConfig
-from headway.models.stack import Block, make_norm
+from headway.models.stack import Block
 
 
 class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):

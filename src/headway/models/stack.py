@@ -8,22 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headway.door.mixer import State
+from headway.kernels.norms import make_norm
 from headway.models.config import _Stack
 from headway.models.mixers import build_mixer
-
-EPSILON = 1e-6
-
-
-def make_norm(kind: str, width: int) -> nn.Module:
-    """A norm over the last dimension by its name in the config."""
-    if kind == "rms":
-        return nn.RMSNorm(width, eps=EPSILON)
-    if kind == "layer":
-        return nn.LayerNorm(width)
-    from headway.kernels import norms
-
-    return norms.SimpleRMSNorm() if kind == "srms" else norms.SingleScaleRMSNorm()
-
 
 class MLP(nn.Module):
     """W_o( a(W_g x) ⊙ W_u x ) for gated kinds, W_o a(W_u x) for others. `sglu` has no activation (TNL)."""

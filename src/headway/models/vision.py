@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from headway.kernels.norms import make_norm
 from headway.models.base import HeadwayPreTrainedModel
 from headway.models.config import HeadwayViTConfig
-from headway.models.stack import Block, make_norm
+from headway.models.stack import Block
 
 
 class HeadwayViT(HeadwayPreTrainedModel):

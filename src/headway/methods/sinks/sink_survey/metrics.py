@@ -5,40 +5,22 @@
     norm ratio   mean ‖x_sink‖ / mean ‖x_rest‖ ,  far above 1 for hidden states, far below 1 for values ("value drain")
     kurtosis     mean (x − μ)⁴ / (σ⁴ + eps) ,   3 for a Gaussian vector
 
-Paper: Attention Sink in Transformers: A Survey on Utilization, Interpretation, and Mitigation, arXiv 2604.10098.
-The survey quotes τ = 1000 for the cumulative rule. R_j is at most the number of keys times the mean, so such a τ can
-find nothing in short inputs: the default here is 10, and a τ that cannot be reached is an error. On causal maps early
-keys are seen by more queries; pass the visible counts to compare means per query instead of sums. The numbers 100 and
-1000 are those of Massive Activations in Large Language Models, arXiv 2402.17762. Sink_k^ε is in `sink_emergence`.
+The survey (arXiv 2604.10098) quotes τ = 1000 for the cumulative rule. R_j is at most the number of keys times the mean,
+so such a τ can find nothing in short inputs: the default here is 10, and a τ that cannot be reached is an error. On
+causal maps early keys are seen by more queries; pass the visible counts to compare means per query instead of sums. The
+numbers 100 and 1000 are those of Massive Activations in Large Language Models, arXiv 2402.17762. Sink_k^ε is in
+`sink_emergence`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headway.card import Card
-from headway.errors import ArgumentError, NumericError, unknown
-
-CARD = Card(
-    slug="sink-survey",
-    title="Attention Sink in Transformers: A Survey on Utilization, Interpretation, and Mitigation",
-    year=2026,
-    arxiv="2604.10098",
-    family="sinks",
-    stages=(),
-    needs=("weights", "keys", "values", "hidden states"),
-    knobs={
-        "threshold": "how many times the mean received mass makes a sink",
-        "magnitude": "smallest absolute value of a massive activation",
-        "ratio": "how many times the median a massive activation is at least",
-    },
-    summary="Detects attention sinks and their marks: massive activations, value drain, aligned keys, lost precision.",
-)
+from headway.errors import ArgumentError
 
 #: Times the mean received mass; small enough to be reachable by inputs of a dozen tokens.
 CUMULATIVE_THRESHOLD = 10.0
@@ -154,65 +136,6 @@ def kurtosis(vectors: Float[Tensor, "*batch dim"], *, eps: float = KURTOSIS_EPS)
     return centred.pow(4).mean(-1) / (centred.square().mean(-1).square() + eps)
 
 
-@dataclass(frozen=True)
-class QuantisationError:
-    """Relative errors ‖x − x̂‖ / ‖x‖ of absmax quantisation.
-
-    `everything`: over all tokens. `rest`: over the tokens that are no sinks, when one scale serves all.
-    `rest_sinks_exact`: over the same tokens when the sinks are kept exact and do not enter the scale."""
-
-    everything: float
-    rest: float
-    rest_sinks_exact: float
-
-    @property
-    def gain(self) -> float:
-        """How many times smaller the error of the rest gets when sinks are kept exact."""
-        return self.rest / self.rest_sinks_exact if self.rest_sinks_exact else float("inf") if self.rest else 1.0
-
-
-def quantise(
-    x: Float[Tensor, "*batch tokens dim"], *, bits: int = 8, per: str = "tensor"
-) -> Float[Tensor, "*batch tokens dim"]:
-    """x̂ = s · round(x / s) with s = max|x| / (2^(bits−1) − 1): symmetric absmax, one scale per tensor or per channel.
-
-    A channel is an index of the last dimension. Returns float32."""
-    if per not in ("tensor", "channel"):
-        raise unknown("per", per, ("tensor", "channel"))
-    if bits < 2:
-        raise ArgumentError(f"bits: got {bits}, expected at least 2 for a signed grid. Use 8 or 4.")
-    x = x.float()
-    size = x.abs().amax() if per == "tensor" else x.abs().amax(tuple(range(x.ndim - 1)), keepdim=True)
-    step = size / (2 ** (bits - 1) - 1)
-    return torch.where(step > 0, torch.round(x / torch.where(step > 0, step, 1.0)) * step, 0.0)
-
-
-def quantisation_error(
-    x: Float[Tensor, "*batch tokens dim"],
-    sinks: Bool[Tensor, " tokens"] | Sequence[int] = (0,),
-    *,
-    bits: int = 8,
-    per: str = "tensor",
-) -> QuantisationError:
-    """Error of INT-`bits` absmax quantisation of activations, keys or values, with and without the sinks kept exact.
-
-    The error of the rest is what matters: a massive sink dominates ‖x‖, so the error over everything hides that all
-    other tokens round to zero. Raises NumericError on NaN or infinity, ArgumentError when every token is a sink."""
-    if not bool(torch.isfinite(x).all()):
-        raise NumericError("x: got NaN or infinity, expected finite numbers to quantise. Check the states first.")
-    x = x.float()
-    is_sink = token_mask(sinks, x.shape[-2], x.device)
-    if bool(is_sink.all()):
-        raise ArgumentError(f"sinks: got all {x.shape[-2]} tokens, expected some that are no sinks. Name fewer sinks.")
-    rest = x[..., ~is_sink, :]
-    coarse = quantise(x, bits=bits, per=per)
-    return QuantisationError(
-        everything=_relative_error(x, coarse),
-        rest=_relative_error(rest, coarse[..., ~is_sink, :]),
-        rest_sinks_exact=_relative_error(rest, quantise(rest, bits=bits, per=per)),
-    )
-
-
 def token_mask(
     tokens: Bool[Tensor, "*batch tokens"] | Int[Tensor, " chosen"] | Sequence[int], length: int, device: torch.device
 ) -> Bool[Tensor, "*batch tokens"]:
@@ -239,8 +162,3 @@ def mean_over(
     if counted is None:
         return x.mean(-1, keepdim=True)
     return torch.where(counted, x, 0.0).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True)
-
-
-def _relative_error(x: Tensor, approximate: Tensor) -> float:
-    size = float(x.norm())
-    return float((x - approximate).norm()) / size if size else 0.0

@@ -1,0 +1,188 @@
+"""Toys for Titans: recall beyond a window, keys that are bound again, and what chunk size does to a stream.
+
+The first two are trained from scratch: an untrained memory shows nothing of what is claimed. The third needs no outer
+training, since it asks how gradient descent within a sequence behaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from headway.errors import NumericError
+from headway.kernels.deep_memory import Gates, deep_memory
+from headway.kernels.memory_net import MemoryNet
+from headway.models import HeadwayConfig, HeadwayForCausalLM
+from headway.train import train
+from headway.train.generated import Recall, score
+from headway.train.losses import IGNORE
+
+CHUNK, WINDOW = 8, 6
+#: A bound on θ by momentum alone: keys do not repeat within a chunk of these toys.
+MEMORY = {"chunk": CHUNK, "expansion": 2.0, "stability": "momentum"}
+BESIDE = {"window": WINDOW, "persistent": 2}
+#: Mixer and options of each arm. `window` is what stands below the claims, `attention` shows that the toy can be learned.
+ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("softmax", {}),
+    "window": ("softmax", {"window": WINDOW}),
+    "lmm": ("titans_lmm", MEMORY),
+    "mac": ("titans_mac", {**MEMORY, "segment": CHUNK, "persistent": 2, "memory_tokens": 4, "join": "add"}),
+    "mag": ("titans_mag", {**MEMORY, **BESIDE, "join": "add"}),
+    "mal": ("titans_mal", {**MEMORY, **BESIDE}),
+    "linear": ("titans_lmm", {**MEMORY, "depth": 1}),
+    "no-momentum": ("titans_lmm", {**MEMORY, "momentum": False}),
+    "no-forgetting": ("titans_lmm", {**MEMORY, "forgetting": False}),
+}
+VARIANTS = ("lmm", "mac", "mag", "mal")
+#: The gap of the toy is asked for again at these multiples of the one trained.
+GAPS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Size of the toy and of its training."""
+
+    width: int
+    steps: int
+    rows: int
+    pairs: int
+    tokens: int
+    gap: int
+    seeds: int
+    held_out: int = 8
+    learning_rate: float = 3e-3
+
+
+@dataclass(kw_only=True)
+class Rebound(Recall):
+    """Recall in which every key is bound twice, to two values, before it is asked for: the newer one is right."""
+
+    name: ClassVar[str] = "rebound"
+
+    @property
+    def length(self) -> int:
+        return super().length + 2 * self.pairs
+
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = super().draw(random)
+        # The older bindings stand in front: the same keys in another order, with values that no binding has.
+        old = np.empty((self.rows, 2 * self.pairs), dtype=ids.dtype)
+        for row in range(self.rows):
+            keys, values = ids[row, 0 : 2 * self.pairs : 2], ids[row, 1 : 2 * self.pairs : 2]
+            free = np.setdiff1d(self.noise + self.keys + np.arange(self.values), values)
+            old[row, 0::2] = random.permutation(keys)
+            old[row, 1::2] = random.choice(free, self.pairs, replace=False)
+        kept = slice(0, ids.shape[1] - 2 * self.pairs)
+        none = np.full_like(old, IGNORE)
+        return np.concatenate([old, ids[:, kept]], 1), np.concatenate([none, labels[:, kept]], 1)
+
+
+def task_of(setting: Setting, seed: int, *, gap: int | None = None, rebound: bool = False) -> Recall:
+    """The stream of one seed. Keys and values are as many as each other."""
+    kind = Rebound if rebound else Recall
+    gap = setting.gap if gap is None else gap
+    numbers = {"pairs": setting.pairs, "keys": setting.tokens, "values": setting.tokens, "noise": 4}
+    return kind(rows=setting.rows, seed=seed, gap=gap, **numbers)
+
+
+def trained(arm: str, setting: Setting, seed: int, *, rebound: bool = False) -> dict[str, Any]:
+    """Accuracy of one arm after training: at the gap of the training, and at its multiples."""
+    task = task_of(setting, seed, rebound=rebound)
+    mixer, options = ARMS[arm]
+    torch.manual_seed(seed % 2**31)
+    config = HeadwayConfig(
+        vocab_size=task.vocabulary,
+        width=setting.width,
+        layers=2,
+        heads=2,
+        mixer=mixer,
+        mixer_options=dict(options),
+        mlp_width=2 * setting.width,
+    )
+    model = HeadwayForCausalLM(config)
+    run = train(
+        model,
+        task,
+        steps=setting.steps,
+        learning_rate=setting.learning_rate,
+        weight_decay=0.01,
+        warmup=setting.steps // 20,
+        seed=seed % 2**31,
+    )
+    gaps = GAPS if not rebound else GAPS[:1]
+    held = {
+        str(times): score(
+            model, task_of(setting, seed, gap=times * setting.gap, rebound=rebound).held_out(setting.held_out)
+        )["accuracy"]
+        for times in gaps
+    }
+    return {"accuracy": held["1"], "by gap": held, "loss": run.loss, "chance": task.chance}
+
+
+def train_all(
+    arms: Sequence[tuple[str, bool]], setting: Setting, seed: int, *, workers: int = 1
+) -> dict[str, dict[str, Any]]:
+    """All arms of one seed, (name, keys are bound again), with so many processes: the layers are too small for more than
+    one thread to help."""
+    names = [f"rebound {arm}" if again else arm for arm, again in arms]
+    if workers == 1:
+        found = [trained(arm, setting, seed, rebound=again) for arm, again in arms]
+    else:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            jobs = [pool.submit(trained, arm, setting, seed, rebound=again) for arm, again in arms]
+            found = [job.result() for job in jobs]
+    return dict(zip(names, found, strict=True))
+
+
+def stream_losses(sizes: tuple[int, ...], *, streams: int, tokens: int, generator: torch.Generator) -> dict[str, Any]:
+    """Mean loss per stream and chunk size of a one-layer memory that learns a fixed linear map from unit keys, and the
+    largest loss of bounded and of constant step sizes where one key comes over and over."""
+    dim = 16
+    truth = torch.randn(streams, 1, dim, dim, generator=generator) / dim**0.5
+    key = normalize(torch.randn(streams, 1, tokens, dim, generator=generator), dim=-1)
+    value = key @ truth
+    net = MemoryNet((torch.zeros(1, dim, dim),))
+    # The same small steps for every chunk size, so that only the age of the weights differs.
+    by_size = {}
+    for size in sizes:
+        found = deep_memory(key, key, value, _gates(key, 0.1, 0.0), net, chunk=size, inspect=True)
+        assert found.loss is not None
+        by_size[str(size)] = found.loss.mean((1, 2)).tolist()
+    same = normalize(torch.ones(streams, 1, tokens, dim), dim=-1)
+    worst = {
+        rule: {str(size): _largest(same, net, size, theta(size)) for size in sizes}
+        for rule, theta in {
+            "bounded": lambda size: (1 - ETA) / size,
+            "constant": lambda size: CONSTANT_THETA,
+        }.items()
+    }
+    return {"mean loss": by_size, "largest loss over the first": worst}
+
+
+#: The momentum and the constant step size that are fine for small chunks and diverge for large ones.
+ETA, CONSTANT_THETA = 0.8, 0.03
+
+
+def _gates(like: Tensor, theta: float, eta: float) -> Gates:
+    ones = torch.ones(like.shape[:3])
+    return Gates(theta * ones, eta * ones, 0.0 * ones)
+
+
+def _largest(key: Tensor, net: MemoryNet, size: int, theta: float) -> float:
+    """The largest loss over that of the first token; infinite where the memory blows up."""
+    value = torch.ones_like(key)
+    try:
+        found = deep_memory(key, key, value, _gates(key, theta, ETA), net, chunk=size, inspect=True)
+    except NumericError:
+        return float("inf")
+    assert found.loss is not None
+    return float(found.loss.max() / found.loss[..., 0].min())

@@ -1,0 +1,293 @@
+"""The block form of the causal scan: everything in blocks is matrix products, one product over states joins the blocks.
+
+With blocks of B tokens, r = 0..B−1 within a block, and S the state before the block:
+
+    O  = scale · { [(Q Kᵀ) ⊙ M] V + diag(λ^(r+1)) Q S }
+    S' = λ^B S + (diag(λ^(B−1−r)) K)ᵀ V
+
+The products K ᵀV of all blocks come first; then the states before all of them are one lower triangular product
+
+    S_i = Σ_{j≤i} λ^(T_i − T_j) X_j ,     X_0 the carried state, X_j what block j−1 writes, T_i tokens before block i
+
+and then all outputs. The backward pass goes over the same products from right to left, and recomputes what it needs:
+beside inputs and outputs only the state before every tile is kept, so memory is O(n (d + e)) while `TILE` ≥ d.
+
+Tiles: a run of blocks of one head (of several where sequences are short) is worked off at a time, so that scores and
+states stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Tokens per block. With d = 64 the work within and between blocks is then equal.
+BLOCK = 64
+#: Tokens per tile on a CPU: with d = e = 64 a tile's tensors take about 2 MB.
+TILE = 1024
+
+
+def scan_blocks(
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch heads tokens dim"],
+    value: Float[Tensor, "batch heads tokens value_dim"],
+    slopes: Float[Tensor, " heads"],
+    state: Float[Tensor, "batch heads dim value_dim"],
+    *,
+    scale: float = 1.0,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+    resets: Bool[Tensor, "batch tokens"] | None = None,
+    block: int = BLOCK,
+    tile: int = TILE,
+) -> tuple[Float[Tensor, "batch heads tokens value_dim"], Float[Tensor, "batch heads dim value_dim"]]:
+    """Output and final state; see `headway.kernels.scan.causal_scan`, which checks the arguments.
+
+    `mask=None` and `resets=None` are the fastest. Values at masked tokens must be finite."""
+    plan = _Plan.of(query, state, slopes, scale, mask, resets, block, tile)
+    return _Scan.apply(query, key, value, state, plan)
+
+
+Rows = tuple[slice, slice]
+#: Running counts of real tokens and of resets, and which tokens are real.
+Clock = tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Blocks [start, start + blocks · length) of the tokens; `index` counts the tiles."""
+
+    index: int
+    start: int
+    blocks: int
+    length: int
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.start + self.blocks * self.length)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """The powers of λ of a tile, all broadcastable: M (with the scale), λ^(r+1) (with the scale), λ^(B−1−r), and those
+    between states. `counts` are the numbers of batch rows, heads and blocks that lie flat in the tile's tensors."""
+
+    counts: tuple[int, int, int]
+    across: Float[Tensor, "batch heads #blocks length length"]
+    lead: Float[Tensor, "batch heads #blocks length 1"]
+    rest: Float[Tensor, "batch heads #blocks length 1"]
+    chain: Float[Tensor, "groups states states"]
+
+
+class _Plan:
+    """How the work is cut, and the decays."""
+
+    def __init__(
+        self,
+        rows: list[Rows],
+        tiles: list[_Tile],
+        powers: Float[Tensor, "heads distances"],
+        scale: float,
+        clock: Clock | None,
+    ) -> None:
+        self.rows, self.tiles, self.powers, self.scale, self.clock = rows, tiles, powers, scale, clock
+        self._even: dict[tuple[int, ...], _Factors] = {}
+        self._uneven: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        state: Tensor,
+        slopes: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        resets: Tensor | None,
+        block: int,
+        tile: int,
+    ) -> _Plan:
+        batch, heads, tokens, _ = query.shape
+        block = min(block, max(tokens, 1))
+        whole = tokens // block
+        most = max(min(tile // block, whole), 1)
+        tiles = [_Tile(a // most, a * block, min(most, whole - a), block) for a in range(0, whole, most)]
+        if tokens % block:
+            tiles.append(_Tile(len(tiles), tokens - tokens % block, 1, tokens % block))
+        together = max(tile // max(tokens, 1), 1) if query.device.type == "cpu" else batch * heads
+        distance = torch.arange(most * block + 2, device=query.device, dtype=torch.float64)
+        powers = torch.exp(-slopes.double())[:, None] ** distance
+        powers[:, -1] = 0
+        clock = None
+        if mask is not None or resets is not None:
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device) if mask is None else mask
+            at = real.long().cumsum(1)
+            clock = at, torch.zeros_like(at) if resets is None else resets.long().cumsum(1), real
+        return cls(list(_groups(batch, heads, together)), tiles, powers.to(state.dtype), scale, clock)
+
+    def factors(self, rows: Rows, tile: _Tile) -> _Factors:
+        """The factors of a tile; without padding and documents, those of all tiles of a shape are the same."""
+        counts = (rows[0].stop - rows[0].start, rows[1].stop - rows[1].start, tile.blocks)
+        if self.clock is not None:
+            return self._look_up(rows[1], counts, self._uneven_distances(self.clock, rows[0], tile))
+        shape = (rows[1].start, tile.length, *counts)
+        if shape not in self._even:
+            self._even[shape] = self._look_up(rows[1], counts, self._even_distances(tile))
+        return self._even[shape]
+
+    def _look_up(self, heads: slice, counts: tuple[int, int, int], distances: tuple[Tensor, ...]) -> _Factors:
+        """Powers by their exponents; the last entry of the table is the zero of what is hidden."""
+        table = self.powers[heads]
+        across, lead, rest, chain = (
+            table.index_select(1, d.flatten()).view(-1, *d.shape).transpose(0, 1) for d in distances
+        )
+        chain = chain.expand(counts[0], -1, -1, -1).flatten(0, 1)
+        return _Factors(counts, across * self.scale, lead[..., None] * self.scale, rest[..., None], chain)
+
+    def _even_distances(self, tile: _Tile) -> tuple[Tensor, ...]:
+        """Exponents where every token is real and of one document: the same for every block."""
+        hidden, device = self.powers.shape[1] - 1, self.powers.device
+        r = torch.arange(tile.length, device=device)
+        i = torch.arange(tile.blocks + 1, device=device) * tile.length
+        across, chain = (torch.where(x[:, None] >= x, x[:, None] - x, hidden)[None] for x in (r, i))
+        return across[:, None], r[None, None] + 1, tile.length - 1 - r[None, None], chain
+
+    def _uneven_distances(self, clock: Clock, batch: slice, tile: _Tile) -> tuple[Tensor, ...]:
+        """Exponents counted over real tokens, hidden where a document has ended; those of one batch row are kept, as
+        its heads share them."""
+        name = (batch.start, tile.index)
+        if name not in self._uneven:
+            if self._uneven and next(iter(self._uneven))[0] != batch.start:
+                self._uneven.clear()
+            self._uneven[name] = self._count(clock, batch, tile)
+        return self._uneven[name]
+
+    def _count(self, clock: Clock, batch: slice, tile: _Tile) -> tuple[Tensor, ...]:
+        hidden = self.powers.shape[1] - 1
+        at, document, real = (x[batch, tile.tokens].unflatten(1, (tile.blocks, tile.length)) for x in clock)
+        edge_at, edge_document = (self._edges(x[batch], tile) for x in clock[:2])
+        at0, at1 = edge_at[:, :-1, None], edge_at[:, 1:, None]
+        document0, document1 = edge_document[:, :-1, None], edge_document[:, 1:, None]
+        r = torch.arange(tile.length, device=at.device)
+        i = torch.arange(tile.blocks + 1, device=at.device)
+        same = document[..., :, None] == document[..., None, :]
+        seen = same & real[..., :, None] & real[..., None, :] & (r[:, None] >= r)
+        joined = (edge_document[:, :, None] == edge_document[:, None]) & (i[:, None] >= i)
+        return (
+            torch.where(seen, at[..., :, None] - at[..., None, :], hidden),
+            torch.where(real & (document == document0), at - at0, hidden),
+            torch.where(real & (document == document1), at1 - at, hidden),
+            torch.where(joined, edge_at[:, :, None] - edge_at[:, None], hidden),
+        )
+
+    def _edges(self, count: Int[Tensor, "batch tokens"], tile: _Tile) -> Int[Tensor, "batch states"]:
+        """A running count before the first block and behind each block."""
+        before = count[:, tile.start - 1 : tile.start] if tile.start else torch.zeros_like(count[:, :1])
+        return torch.cat([before, count[:, tile.tokens][:, tile.length - 1 :: tile.length]], 1)
+
+
+def _groups(batch: int, heads: int, together: int) -> Iterator[Rows]:
+    """Runs of about `together` heads: of one batch row, or all heads of several."""
+    if together >= heads:
+        size = together // heads
+        yield from ((slice(b, min(b + size, batch)), slice(0, heads)) for b in range(0, batch, size))
+    else:
+        for b in range(batch):
+            yield from ((slice(b, b + 1), slice(h, min(h + together, heads))) for h in range(0, heads, together))
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, state: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:
+        out = value.new_empty(value.shape)
+        final = state.clone()
+        carried = state.new_empty(len(plan.tiles), *state.shape)
+        for rows in plan.rows:
+            for tile in plan.tiles:
+                f = plan.factors(rows, tile)
+                q, k, v = (_cut(x, rows, tile, state.dtype) for x in (query, key, value))
+                carried[tile.index][rows] = final[rows]
+                states = _states(k, v, f, final[rows].flatten(0, 1))
+                final[rows] = states[:, -1].view_as(final[rows])
+                weights = _damp(q @ k.transpose(1, 2), f)
+                into = _cut(out, rows, tile, state.dtype)
+                torch.bmm(weights, v, out=into)
+                into.baddbmm_(_times(q, f.lead, f), states[:, :-1].flatten(0, 1))
+                _paste(out, rows, tile, into)
+        ctx.save_for_backward(query, key, value, carried)
+        ctx.plan = plan
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, carried = ctx.saved_tensors
+        plan, wide = ctx.plan, carried.dtype
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        d_state = d_final.clone()
+        for rows in plan.rows:
+            for tile in reversed(plan.tiles):
+                f = plan.factors(rows, tile)
+                q, k, v, d_o = (_cut(x, rows, tile, wide) for x in (query, key, value, d_out))
+                before = _states(k, v, f, carried[tile.index][rows].flatten(0, 1))[:, :-1].flatten(0, 1)
+                led, rested = _times(q, f.lead, f), _times(k, f.rest, f)
+                read = (led.transpose(1, 2) @ d_o).unflatten(0, (len(f.chain), -1))
+                line = torch.cat([read, d_state[rows].flatten(0, 1)[:, None]], 1)
+                d_states = (f.chain.transpose(1, 2) @ line.flatten(2)).view_as(line)
+                d_state[rows] = d_states[:, 0].view_as(d_state[rows])
+                d_written = d_states[:, 1:].flatten(0, 1)
+                weights = _damp(q @ k.transpose(1, 2), f)
+                d_weights = _damp(d_o @ v.transpose(1, 2), f)
+                d_q = torch.baddbmm(_times(d_o @ before.transpose(1, 2), f.lead, f), d_weights, k)
+                d_k = torch.baddbmm(_times(v @ d_written.transpose(1, 2), f.rest, f), d_weights.transpose(1, 2), q)
+                d_v = torch.baddbmm(rested @ d_written, weights.transpose(1, 2), d_o)
+                for grad, part in zip(grads, (d_q, d_k, d_v), strict=True):
+                    _paste(grad, rows, tile, part)
+        return *grads, d_state, None
+
+
+def _states(
+    k: Float[Tensor, "groups_blocks length dim"],
+    v: Float[Tensor, "groups_blocks length value_dim"],
+    factors: _Factors,
+    carried: Float[Tensor, "groups dim value_dim"],
+) -> Float[Tensor, "groups states dim value_dim"]:
+    """The state before every block of the tile, and behind the last."""
+    groups, states, _ = factors.chain.shape
+    line = carried.new_empty(groups, states, *carried.shape[1:])
+    line[:, 0] = carried
+    turned = _times(k, factors.rest, factors).transpose(1, 2)
+    if groups == 1:
+        torch.bmm(turned, v, out=line[0, 1:])
+    else:
+        line[:, 1:] = (turned @ v).unflatten(0, (groups, -1))
+    return (factors.chain @ line.flatten(2)).view_as(line)
+
+
+def _cut(x: Tensor, rows: Rows, tile: _Tile, dtype: torch.dtype) -> Float[Tensor, "groups_blocks length dim"]:
+    """The blocks of a tile, one behind the other; a view of x where its layout allows."""
+    return x[rows][:, :, tile.tokens].unflatten(2, (tile.blocks, tile.length)).flatten(0, 2).to(dtype)
+
+
+def _paste(x: Tensor, rows: Rows, tile: _Tile, blocks: Tensor) -> None:
+    """Writes blocks to where `_cut` takes them from, unless they are there already."""
+    target = x[rows][:, :, tile.tokens]
+    if blocks.data_ptr() != target.data_ptr():
+        target.copy_(blocks.view_as(target))
+
+
+def _times(x: Tensor, factor: Tensor, factors: _Factors) -> Tensor:
+    """x (groups_blocks, length, dim) with its rows scaled."""
+    return (x.view(*factors.counts, *x.shape[1:]) * factor).view_as(x)
+
+
+def _damp(scores: Float[Tensor, "groups_blocks length length"], factors: _Factors) -> Tensor:
+    """Scores ⊙ M, in place."""
+    scores.view(*factors.counts, *scores.shape[1:]).mul_(factors.across)
+    return scores

@@ -1,0 +1,130 @@
+"""What `headway train lm --data` may name: token files, texts, or a generated task with its settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from headway.errors import ArgumentError, unknown
+from headway.files import write_atomically
+from headway.hosts import default_text
+from headway.train.generated import TASKS, Task
+from headway.train.losses import LossFunction, model_loss, next_token_loss
+from headway.train.streams import Batch, Stream
+from headway.train.tokenizers import load_tokenizer
+from headway.train.tokenizing import tokenize_folder
+from headway.train.tokens import HEADER, Packed, Tokens
+
+#: Name of the built-in text.
+DEFAULT = "default"
+#: Batches of a validation pass.
+VALIDATION = 8
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageData:
+    """Where batches come from, and what they are judged by.
+
+    chance: accuracy of a guess, for tasks that have one. tokenizer: None for tasks whose tokens are no text."""
+
+    about: str
+    stream: Stream
+    vocabulary: int
+    length: int
+    loss: LossFunction
+    validation: list[Batch] | Callable[[nn.Module], Mapping[str, float]] | None
+    chance: float | None = None
+    tokenizer: Any = None
+    separator: int | None = None
+
+
+def language_data(
+    name: str, *, length: int, rows: int, seed: int, tokenizer: str, folder: Path, tell: Tell
+) -> LanguageData:
+    """The data that `name` means:
+
+    "default": the built-in text; a folder with token files; a text file or a folder of texts, which are tokenized into
+        `folder` first; a generated task, with settings behind a colon: "recall:pairs=4,gap=64", "state:group=S5".
+
+    Rows of texts have `length` tokens; tasks have a length of their own (that of "recall" is `length` unless it has a
+    gap). Raises ArgumentError for a name that is none of these, and for unknown settings."""
+    task, _, settings = name.partition(":")
+    if task in TASKS:
+        return _task(task, settings, length, rows, seed)
+    path = Path(name).expanduser()
+    if name != DEFAULT and not path.exists():
+        raise unknown("data", name, [DEFAULT, *TASKS], fix="Or give a file or folder that exists.")
+    if name != DEFAULT and (path / HEADER).is_file():
+        tokens = Tokens(path)
+    else:
+        tokens = _tokenized(None if name == DEFAULT else path, folder, tokenizer, tell)
+    stream = Packed(tokens, length, rows=rows, seed=seed, resets=tokens.documents > 1)
+    return LanguageData(
+        about=f"{name}: {len(tokens):,} tokens in {tokens.documents:,} documents, {tokens.header['tokenizer']}",
+        stream=stream,
+        vocabulary=tokens.vocabulary,
+        length=length,
+        loss=model_loss,
+        validation=stream.held_out(min(stream.held_out_batches, VALIDATION)),
+        tokenizer=load_tokenizer(tokens.folder / "tokenizer"),
+        separator=tokens.separator,
+    )
+
+
+def _tokenized(path: Path | None, folder: Path, tokenizer: str, tell: Tell) -> Tokens:
+    """Token files of a text in `folder`; made once, by one of several processes."""
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if path is None:
+            path = folder / "default.txt"
+            if not path.exists():
+                write_atomically(path, default_text().text)
+        return tokenize_folder(path, folder / "tokens", tokenizer=tokenizer, tell=tell)
+
+
+def _task(name: str, settings: str, length: int, rows: int, seed: int) -> LanguageData:
+    cls = TASKS[name]
+    given = parse_settings("data", settings)
+    known = [field.name for field in fields(cls) if field.name not in ("rows", "seed", "position")]
+    for setting in given:
+        if setting not in known:
+            raise unknown(f"data {name}", setting, known)
+    if "tokens" in known and not {"tokens", "gap"} & set(given):
+        given["tokens"] = length
+    task: Task = cls(**{"rows": rows, "seed": seed, **given})
+    return LanguageData(
+        about=f"{name}, {task.vocabulary} different tokens",
+        stream=task,
+        vocabulary=task.vocabulary,
+        length=task.length,
+        loss=next_token_loss,
+        validation=task.scorer(VALIDATION),
+        chance=task.chance,
+    )
+
+
+def parse_settings(argument: str, text: str) -> dict[str, Any]:
+    """Settings from text such as "pairs=4,group=S5": values are JSON where they can be, else text."""
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise ArgumentError(f"{argument}: got {part!r}, expected name=value.")
+        found[name.strip().replace("-", "_")] = parse_value(value.strip())
+    return found
+
+
+def parse_value(text: str) -> Any:
+    """A value as JSON where it is some (numbers, true, null, lists), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,1 @@
+"""Trainable layers: token mixers that stand where attention stands."""

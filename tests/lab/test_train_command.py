@@ -1,0 +1,155 @@
+"""`headway train` and `headway data tokenize`: what they write, print, and refuse."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import headway
+from headway.cli import app
+from headway.errors import ArgumentError
+from headway.lab.train_data import parse_settings, parse_value
+from headway.train import images, read_log
+from headway.train.images import Images
+from tests.look.tiny import TEXT
+
+SMALL = ["--width", "16", "--layers", "2", "--heads", "2", "--batch", "2", "--steps", "6"]
+
+
+def call(*arguments: str) -> str:
+    """Standard output of a command; errors are raised."""
+    return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False, standalone_mode=False).stdout
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 6, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text):
+    """A folder that `headway train lm` wrote, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    return out, call("train", "lm", "--data", text, "--tokens", 48, "--out", out, "--json", *SMALL)
+
+
+def test_a_run_writes_a_model_that_loads_and_generates(trained):
+    out, printed = trained
+    facts = json.loads(printed)
+    assert facts == json.loads((out / "train.json").read_text())
+    assert facts["steps"] == 6
+    assert facts["tokens"] == 6 * 2 * 48
+    model, tokenizer = headway.load(out)
+    assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
+    ids = tokenizer("The door", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 12)
+
+
+def test_what_was_trained_can_be_looked_at(trained, text, tmp_path):
+    page = tmp_path / "look"
+    call("look", trained[0], "--text", text, "--tokens", 40, "--out", page)
+    assert (page / "look.html").stat().st_size > 10_000
+
+
+def test_a_run_that_was_interrupted_goes_on_with_resume(tmp_path, text, monkeypatch, trained):
+    from headway.train import stepping
+
+    out = tmp_path / "run"
+    options = ["train", "lm", "--data", text, "--tokens", 48, "--out", out, *SMALL]
+    step = stepping.Stepper.step
+
+    def interrupted(self, run, callbacks):
+        step(self, run, callbacks)
+        if run.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(stepping.Stepper, "step", interrupted)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - typer turns the interrupt into its own exit
+        call(*options)
+    assert isinstance(caught.value, KeyboardInterrupt | SystemExit) or "Abort" in type(caught.value).__name__
+    monkeypatch.setattr(stepping.Stepper, "step", step)
+    assert len(read_log(out)) == 3
+    with pytest.raises(ArgumentError, match="holds a run already"):
+        call(*options)
+    call(*options, "--resume")
+    assert [row["loss"] for row in read_log(out)] == [row["loss"] for row in read_log(trained[0])]
+
+
+def test_token_files_are_made_once_and_used(tmp_path, text):
+    printed = json.loads(call("data", "tokenize", text, "--out", tmp_path / "tokens", "--split", "line", "--json"))
+    assert printed["tokenizer"] == "bytes"
+    assert printed["vocabulary"] == 257
+    facts = json.loads(
+        call("train", "lm", "--data", tmp_path / "tokens", "--tokens", 32, "--out", tmp_path / "run", "--json", *SMALL)
+    )
+    assert f"{printed['tokens']:,} tokens" in facts["data"]
+    assert not (tmp_path / "run" / "data").exists()
+    assert "headway train lm --data" in call("data", "tokenize", text, "--out", tmp_path / "tokens", "--split", "line")
+
+
+def test_generated_tasks_are_told_beside_their_chance(tmp_path):
+    printed = call(
+        "train", "lm", "--mixer", "softmax,lightning", "--normalizer", "softpick", "--option", "window=8",
+        "--data", "recall:pairs=4,questions=1,gap=3", "--out", tmp_path / "run", *SMALL,
+    )  # fmt: skip
+    assert "validation accuracy" in printed
+    assert "(a guess: 25.0%)" in printed
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["mixer"] == ["softmax", "lightning"]
+    assert config["mixer_options"] == {"softmax": {"window": 8, "normalizer": "softpick"}, "lightning": {}}
+    assert config["vocab_size"] == 80
+
+
+def test_images_are_classified(tmp_path, monkeypatch):
+    pixels = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    made = Images(name="made", source="here", pixels=pixels, labels=torch.arange(60) % 3, classes=3)
+    monkeypatch.setattr(images, "load_images", lambda name: made)
+    facts = json.loads(
+        call("train", "vit", "--patch", 2, "--width", 16, "--heads", 2, "--batch", 8, "--steps", 4, "--out",
+             tmp_path / "run", "--json")
+    )  # fmt: skip
+    assert facts["images"] == 4 * 8
+    assert facts["chance"] == pytest.approx(1 / 3)
+    assert 0 <= facts["validation_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mixer", "lighning"], "--mixer: got 'lighning'.* Did you mean 'lightning'"),
+        (["--mixer", "softmax,softmax,softmax"], "--mixer: got 3 names for 4 layers"),
+        (["--normalizer", "softpik"], "--normalizer: got 'softpik'.* Did you mean 'softpick'"),
+        (["--mixer", "lightning", "--normalizer", "softpick"], "--normalizer: got 'softpick', expected a mixer"),
+        (["--option", "windw=3"], "--option: got 'windw'.* Did you mean 'window'"),
+        (["--option", "window"], "--option: got 'window', expected name=value"),
+        (["--heads", "3"], "--heads: got 3, expected a number that divides the width 128"),
+        (["--data", "recal"], "data: got 'recal'.* Did you mean 'recall'.*Or give a file"),
+        (["--data", "copy:counts=3"], "data copy: got 'counts'.* Did you mean 'count'"),
+        (["--data", "copy:count"], "data: got 'count', expected name=value"),
+        (["--schedule", "cosin"], "Did you mean 'cosine'"),
+        (["--batch", "0"], "--batch: got 0"),
+        (["--steps", "0"], "steps: got 0"),
+        (["--mlp", "glu"], "mlp: got 'glu'"),
+    ],
+)
+def test_what_cannot_be_used_is_named_before_anything_is_trained(tmp_path, options, words):
+    with pytest.raises(ArgumentError, match=words):
+        call("train", "lm", "--out", tmp_path / "run", "--data", "copy", *options)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_values_of_settings_are_json_where_they_can_be():
+    assert parse_settings("data", "pairs=4, group=S5,flag=true,key-length=2") == {
+        "pairs": 4,
+        "group": "S5",
+        "flag": True,
+        "key_length": 2,
+    }
+    assert parse_value("[1, 2]") == [1, 2]
+    assert parse_value("softpick") == "softpick"

@@ -1,0 +1,178 @@
+"""Every mixer as a language model: what `transformers` does with a host, it does with these."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import headway
+from headway.errors import ArgumentError
+from headway.models import HeadwayConfig, HeadwayForCausalLM, mixers
+
+SLUGS = sorted(mixers())
+#: Weights large enough that what a model writes depends on what it read.
+STD = 0.5
+
+
+def model_of(mixer: str | list[str], **options: object) -> HeadwayForCausalLM:
+    torch.manual_seed(0)
+    fields = {"vocab_size": 97, "width": 32, "layers": 2, "heads": 4, "init_std": STD, **options}
+    return HeadwayForCausalLM(HeadwayConfig(mixer=mixer, **fields)).eval()
+
+
+def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(5, 97, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=SLUGS)
+def model(request: pytest.FixtureRequest) -> HeadwayForCausalLM:
+    return model_of(request.param)
+
+
+@torch.no_grad()
+class TestEveryMixer:
+    def test_chunks_and_steps_with_a_cache_give_the_logits_of_one_forward(self, model):
+        ids = tokens(2, 13)
+        whole = model(ids).logits
+        cache, parts = None, []
+        for start, stop in pairwise((0, 5, 6, 12, 13)):
+            out = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-4)
+        assert cache.get_seq_length() == 13
+
+    def test_left_padded_rows_generate_what_bare_ones_do(self, model):
+        ids = tokens(2, 11)
+        mask = torch.ones(2, 11, dtype=torch.long)
+        mask[0, :4] = 0
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        together = model.generate(ids, attention_mask=mask, **options)
+        for row, start in ((0, 4), (1, 0)):
+            alone = model.generate(ids[row : row + 1, start:], **options)
+            assert together[row, 11:].tolist() == alone[0, 11 - start :].tolist()
+
+    def test_beams_with_a_cache_are_beams_without(self, model):
+        options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+        cached = model.generate(tokens(2, 7), **options)
+        assert torch.equal(cached, model.generate(tokens(2, 7), use_cache=False, **options))
+
+    def test_saved_and_loaded_it_is_the_same(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert type(again) is HeadwayForCausalLM
+        assert torch.equal(again(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+        assert AutoConfig.from_pretrained(tmp_path).mixer == model.config.mixer
+
+    def test_the_door_reads_the_weights_behind_its_output(self, model):
+        """Σ_j w_ij v_j of what is captured is the output of each head, whatever the rule that makes the weights."""
+        if model.config.mixer == "titans_lmm":
+            with pytest.raises(headway.errors.InterceptionError):
+                headway.use(model).attach()
+            return
+        with headway.capture(model, what=("weights", "value", "head_output")) as captured:
+            model(tokens(1, 9))
+        for site in captured.result():
+            for call in captured.result().calls(site):
+                groups = call["weights"].shape[1] // call["value"].shape[1]
+                value = call["value"].repeat_interleave(groups, 1)
+                torch.testing.assert_close(call["weights"] @ value, call["head_output"], rtol=1e-3, atol=1e-4)
+
+    def test_the_loss_reaches_every_parameter(self, model):
+        with torch.enable_grad():
+            model.zero_grad()
+            ids = tokens(2, 24)
+            model(ids, labels=ids).loss.backward()
+        idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        model.zero_grad()
+        assert idle == []
+
+
+@torch.no_grad()
+class TestModel:
+    def test_a_hybrid_stack_has_the_mixers_of_its_config(self):
+        model = model_of(["lightning", "softmax"], mixer_options={"softmax": {"window": 8}})
+        assert [block.mixer.slug for block in model.layers] == ["lightning", "softmax"]
+        assert model.layers[1].mixer.window == 8
+        assert model.generate(tokens(1, 5), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 8)
+
+    def test_packed_documents_are_read_apart(self):
+        model = model_of(["lightning", "softmax"])
+        ids = tokens(1, 12)
+        resets = torch.zeros(1, 12, dtype=torch.bool)
+        resets[0, [0, 5]] = True
+        packed = model(ids, resets=resets).logits
+        apart = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits], 1)
+        torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)
+
+    def test_recurrent_caches_are_of_one_size_at_any_length(self):
+        model = model_of("lightning")
+        sizes = [model(tokens(1, n), use_cache=True).past_key_values.bytes for n in (8, 64, 256)]
+        assert len(set(sizes)) == 1
+
+    def test_a_look_works_on_a_model_of_ours(self):
+        from headway.look import Look
+        from tests.look.tiny import byte_tokenizer
+
+        model = model_of(["lightning", "softmax"], vocab_size=300)
+        found = headway.look(model, byte_tokenizer(), "The quick brown fox jumps over the lazy dog. " * 6, tokens=128)
+        assert isinstance(found, Look) and found.model["layers"] == 2
+        entropy = next(m for m in found.heads if m.name == "entropy")
+        assert all(value == value for row in entropy.values for value in row)
+
+    def test_embeddings_can_be_scaled_and_untied(self):
+        tied, untied = model_of("softmax"), model_of("softmax", tie=False, embed_scale=True)
+        assert tied.lm_head.weight is tied.embed_tokens.weight
+        assert untied.lm_head.weight is not untied.embed_tokens.weight
+
+    @pytest.mark.parametrize("norm", ["rms", "srms", "layer", "single_scale"])
+    @pytest.mark.parametrize("place", ["pre", "post"])
+    def test_norms(self, norm, place):
+        assert bool(torch.isfinite(model_of("softmax", norm=norm, norm_place=place)(tokens(1, 6)).logits).all())
+
+    @pytest.mark.parametrize("mlp", ["swiglu", "sglu", "geglu", "gelu", "relu", "none"])
+    def test_mlps(self, mlp):
+        assert bool(torch.isfinite(model_of("softmax", mlp=mlp)(tokens(1, 6)).logits).all())
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"mixer": "lightening"}, "lightning"),
+            ({"mixer": ["softmax"]}, "1 names for 2 layers"),
+            ({"norm": "rmsnorm"}, "rms"),
+            ({"mlp": "swigloo"}, "swiglu"),
+            ({"layers": 0}, "layers"),
+            ({"mixer_options": {"windov": 3}}, "window"),
+            ({"width": 30}, "heads divide"),
+        ],
+    )
+    def test_a_config_that_cannot_be_built_says_why(self, fields, message):
+        with pytest.raises(ArgumentError, match=message):
+            model_of(**{"mixer": "softmax", **fields})
+
+    def test_a_cache_of_keys_is_refused(self):
+        with pytest.raises(ArgumentError, match="HeadwayCache"):
+            model_of("softmax")(tokens(1, 3), past_key_values=DynamicCache())
+
+    def test_a_static_cache_cannot_be_asked_for(self):
+        with pytest.raises(ArgumentError, match="cache_implementation"):
+            model_of("softmax").generate(tokens(1, 3), max_new_tokens=2, cache_implementation="static")
+
+    def test_a_mask_over_pairs_is_refused(self):
+        with pytest.raises(ArgumentError, match="attention_mask"):
+            model_of("softmax")(tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3))
+
+    def test_a_recurrent_cache_cannot_be_cropped(self):
+        model = model_of("lightning")
+        cache = model(tokens(1, 5), use_cache=True).past_key_values
+        assert not cache.is_croppable
+        with pytest.raises(ArgumentError, match="lightning"):
+            cache.crop(-2)
+
+    def test_ids_and_embeddings_exclude_each_other(self):
+        with pytest.raises(ArgumentError, match="inputs_embeds"):
+            model_of("softmax")()
