@@ -11,8 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.harness import compare
 from headway.kernels.inline import causal_feature_attention, feature_attention, inline_attention
 from headway.methods.layers.inline import InlineMixer, local_residual
-from headway.models.config import HeadwayViTConfig
-from headway.models.vision import HeadwayViT
+from headway.models import HeadwayViT, HeadwayViTConfig
 
 HEADS, DIM = 3, 64
 #: Grids of 14, 28, 56 and 112 patches a side.

@@ -109,7 +109,7 @@ def lightning_linear() -> None:
 
 
 def lightning_decode() -> None:
-    """A token decoded behind 10,000 tokens against one behind 100, for a TNL and a softmax model; bytes of the caches."""
+    """A token decoded behind 10,000 tokens against one behind 100, for a TNL and a softmax model, with their bytes."""
     fields: dict[str, Any] = {"vocab_size": 256, "layers": 4, "heads": 4}
     configs = {
         "lightning": HeadwayConfig(**fields, **tnl_fields(width=256)),

@@ -83,8 +83,9 @@ def _mixer(slug: str) -> Any:
 def titans_decode() -> None:
     """64 single tokens behind 16,384, against 64 behind 1,024, for each mixer; and the bytes of both states."""
     facts: dict[str, Any] = {}
+    steps = 64
     for slug in VARIANTS:
-        mixer, steps = _mixer(slug), 64
+        mixer = _mixer(slug)
         x = torch.randn(1, 16_384, WIDTH)
         states = {}
         with torch.no_grad():

@@ -301,6 +301,7 @@ def train_lm(
     norm: Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")] = "rms",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
+    optimizer: Annotated[str, typer.Option(help="adamw, orthoadam or muon.")] = "adamw",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Of matrices; norms and biases do not decay.")] = 0.1,
     warmup: Annotated[int | None, typer.Option(help="Steps of warm-up (default: a tenth, at most 100).")] = None,
@@ -326,7 +327,7 @@ def train_lm(
         norm=norm,
     )  # fmt: skip
     course = Course(
-        steps=steps, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
+        steps=steps, batch=batch, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
         schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed, validate_every=validate_every,
         checkpoint_every=checkpoint_every, keep=keep, compile=compile, resume=resume, out=out, as_json=json,
     )  # fmt: skip
@@ -355,6 +356,7 @@ def train_vit(
     norm: Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")] = "layer",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
     batch: Annotated[int, typer.Option(help="Images of a batch.")] = 64,
+    optimizer: Annotated[str, typer.Option(help="adamw, orthoadam or muon.")] = "adamw",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Of matrices; norms and biases do not decay.")] = 0.05,
     warmup: Annotated[int | None, typer.Option(help="Steps of warm-up (default: a tenth, at most 100).")] = None,
@@ -380,7 +382,7 @@ def train_vit(
         norm=norm,
     )  # fmt: skip
     course = Course(
-        steps=steps, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
+        steps=steps, batch=batch, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
         schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed, validate_every=validate_every,
         checkpoint_every=checkpoint_every, keep=keep, compile=compile, resume=resume, out=out, as_json=json,
     )  # fmt: skip

@@ -33,7 +33,8 @@ class TestPositions:
 
     def test_no_tokens_leave_what_was_seen(self):
         positions, seen = document_positions((1, 0), None, None, torch.tensor([5]))
-        assert positions.shape == (1, 0) and seen.tolist() == [5]
+        assert positions.shape == (1, 0)
+        assert seen.tolist() == [5]
 
 
 def keys(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,9 +48,12 @@ class TestKeysAndValues:
 
     def test_plain_tokens_need_no_mask(self):
         found = append(self.start(), *keys(5))
-        assert found.visible is None and found.causal
+        assert found.visible is None
+        assert found.causal
         one = append(found.state, *keys(1))
-        assert one.visible is None and not one.causal and one.key.shape == (1, 2, 6, 4)
+        assert one.visible is None
+        assert not one.causal
+        assert one.key.shape == (1, 2, 6, 4)
 
     def test_a_chunk_sees_the_past_and_itself_in_order(self):
         found = append(append(self.start(), *keys(2)).state, *keys(3))
@@ -70,7 +74,8 @@ class TestKeysAndValues:
     def test_the_last_tokens_can_be_taken_back(self):
         state = append(self.start(), *keys(5)).state
         cropped = crop_keys(state, 2)
-        assert cropped.tensors["key"].shape[2] == 3 and cropped.seen.tolist() == [3]
+        assert cropped.tensors["key"].shape[2] == 3
+        assert cropped.seen.tolist() == [3]
 
     def test_more_than_there_is_cannot_be_taken_back(self):
         with pytest.raises(ArgumentError, match=r"expected 0\.\.5"):

@@ -45,23 +45,22 @@ def test_gaps_are_drawn(smoke):
 def test_the_gap_of_each_size_is_beyond_the_reach_of_the_window():
     window = ARMS["window"][1]["window"]
     for size in ("smoke", "small", "full"):
-        setting = next_setting(size)
-        assert setting.gap > 2 * (window - 1) or size == "full"
+        setting = setting_of(size)
         assert setting.gap >= 2 * (window - 1)
 
 
-def next_setting(size: str) -> Setting:
+def setting_of(size: str) -> Setting:
     found = {}
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class Fake:
         def choose(self, **given):
             found.update(given)
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         recipe.run(Fake())
     return found[size]
 

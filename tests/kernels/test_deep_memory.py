@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ def network(depth: int = 2, *, residual: bool = True, clip: float | None = None,
     sizes = [DIM, *[2 * DIM] * (depth - 1), DIM]
     weights = tuple(
         (torch.randn(HEADS, a, b, dtype=torch.float64, generator=generator) / a**0.5).requires_grad_()
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        for a, b in itertools.pairwise(sizes)
     )
     if not residual:
         return MemoryNet(weights, clip=clip)
@@ -109,7 +111,7 @@ def test_any_split_is_one_call(cuts, chunk, seed):
     state = MemoryState.start(net, BATCH, chunk)
     outputs, modes = [], ["block", "step"]
     edges = [0, *sorted(cuts), 19]
-    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
         piece = slice(start, stop)
         read = deep_memory(
             *(x[:, :, piece] for x in parts),

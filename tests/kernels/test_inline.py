@@ -47,6 +47,13 @@ def test_the_weights_are_those_of_the_equation():
     torch.testing.assert_close(feature_weights(query, key), written, **DOUBLE)
 
 
+def test_a_scale_of_the_number_of_keys_is_the_equation_of_the_paper():
+    query, key, _ = draw()
+    products = query @ key.transpose(-1, -2)
+    written = products - products.mean(-1, keepdim=True) + 1 / 23
+    torch.testing.assert_close(feature_weights(query, key, rule=Rule(scale=23.0)), written, **DOUBLE)
+
+
 def test_the_scale_is_that_of_the_products():
     query, key, value = draw()
     torch.testing.assert_close(

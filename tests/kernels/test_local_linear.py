@@ -114,7 +114,7 @@ class TestInvariants:
         torch.testing.assert_close(out[0, 0, row], best[0], **TIGHT)
 
     def test_queries_and_keys_may_be_moved_together_while_weights_are_kept(self):
-        q, k, v = tensors(heads=(2, 2))
+        q, k, _ = tensors(heads=(2, 2))
         softmax = (q @ k.transpose(-1, -2)).softmax(-1)
         move = torch.randn(5, dtype=torch.float64)
         ridge = torch.tensor(0.1, dtype=torch.float64).view(1, 1, 1)
@@ -198,15 +198,16 @@ class TestForms:
     def test_the_backward_is_that_of_the_written_form(self, solver, detach, hidden):
         q, k, v = tensors(19, keys=25)
         ridge = torch.rand(4, 1, dtype=torch.float64) + 0.05
+        scale = torch.rand(4, 1, dtype=torch.float64) + 0.2
         visible = torch.rand(2, 4, 19, 25, generator=torch.Generator().manual_seed(3)) > 0.3 if hidden else None
         options = {"visible": visible, "detach_ridge_weight": detach}
 
         def run(mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:
             return gradients(
-                lambda q, k, v, r: local_linear_attention(
-                    q, k, v, ridge=r, mode=mode, solver=solver, block=8, max_iterations=200, **options
+                lambda q, k, v, r, s: local_linear_attention(
+                    q, k, v, ridge=r, scale=s, mode=mode, solver=solver, block=8, max_iterations=200, **options
                 ),
-                *(q, k, v, ridge),
+                *(q, k, v, ridge, scale),
             )
 
         (first, expected), (second, found) = run("reference"), run("block")
@@ -215,11 +216,12 @@ class TestForms:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
     @pytest.mark.parametrize("solver", SOLVERS)
-    def test_gradcheck_with_a_learned_ridge(self, solver):
+    def test_gradcheck_with_a_learned_ridge_and_bandwidth(self, solver):
         q, k, v = (x.requires_grad_() for x in tensors(6, heads=(2, 1), batch=1, dim=3))
-        ridge = torch.tensor([[0.2], [0.7]], dtype=torch.float64, requires_grad=True)
+        ridge, scale = (torch.tensor([[a], [0.7]], dtype=torch.float64, requires_grad=True) for a in (0.2, 1.5))
         assert torch.autograd.gradcheck(
-            lambda q, k, v, r: local_linear_attention(q, k, v, ridge=r, solver=solver), (q, k, v, ridge)
+            lambda q, k, v, r, s: local_linear_attention(q, k, v, ridge=r, scale=s, solver=solver),
+            (q, k, v, ridge, scale),
         )
 
     def test_a_ridge_for_every_row_gets_its_gradient(self):
@@ -333,6 +335,15 @@ class TestEdges:
         exact = local_linear_attention(q.float(), k.float(), v.float())
         torch.testing.assert_close(out, exact.to(dtype))
 
+    def test_autocast_does_not_reach_the_solve(self):
+        q, k, v = tensors(40, dim=12, dtype=torch.float32)
+        plain = gradients(lambda *a: local_linear_attention(*a), q, k, v)
+        with torch.autocast("cpu", torch.bfloat16):
+            under = gradients(lambda *a: local_linear_attention(*a), q, k, v)
+        torch.testing.assert_close(under[0], plain[0])
+        for a, b in zip(under[1], plain[1], strict=True):
+            torch.testing.assert_close(a, b)
+
     def test_no_query_gives_nothing(self):
         q, k, v = tensors(0, keys=4)
         assert local_linear_attention(q, k, v).shape == (2, 4, 0, 3)
@@ -360,6 +371,7 @@ class TestEdges:
             ("ridge: got nan", {"ridge": math.nan}),
             ("ridge: got shape", {"ridge": torch.ones(3, 1)}),
             ("ridge: got shape", {"ridge": torch.ones(1, 2, 4, 23)}),
+            ("scale: got shape", {"scale": torch.ones(3, 1)}),
             ("dropout", {"dropout": 0.1}),
             ("mode", {"mode": "blok"}),
             ("solver", {"solver": "lu"}),
@@ -374,9 +386,11 @@ class TestEdges:
         with pytest.raises(ArgumentError, match=name):
             local_linear_attention(*tensors(), **options)
 
-    def test_an_infinite_ridge_is_refused(self):
+    def test_infinite_numbers_are_refused(self):
         with pytest.raises(NumericError, match="ridge"):
             local_linear_attention(*tensors(), ridge=math.inf)
+        with pytest.raises(NumericError, match="scale"):
+            local_linear_attention(*tensors(), scale=math.inf)
 
     def test_a_singular_fit_without_a_ridge_is_explained(self):
         with pytest.raises(ArgumentError, match=r"fewer than\s+dim \+ 1 keys is singular"):

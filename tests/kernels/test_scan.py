@@ -243,10 +243,14 @@ def test_half_precision_keeps_a_wide_state(dtype):
 
 
 def test_autocast_does_not_narrow_the_sums():
-    q, k, v = inputs(tokens=40, dtype=torch.float32)
+    q, k, v = (x.requires_grad_() for x in inputs(tokens=40, dtype=torch.float32))
     expected = causal_scan(q, k, v, SLOPES)[0]
+    gradients = torch.autograd.grad(expected.sum(), (q, k, v))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(causal_scan(q, k, v, SLOPES)[0], expected)
+        out = causal_scan(q, k, v, SLOPES)[0]
+        found = torch.autograd.grad(out.sum(), (q, k, v))
+    assert torch.equal(out, expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_the_tokens_alone():

@@ -30,8 +30,8 @@ def judged(split, given: Arm, model=None):
     return measure_arm(model, given, held_out(split, given, 6))
 
 
-def planted_sink(given: Arm):
-    """Every head gives the first token all it can: its key alone points along the queries, by a bias of ALiBi's kind."""
+def planted_even(given: Arm):
+    """A model whose queries and keys are zero: every row spreads its weight evenly over what it sees."""
     model = build(given, 0).eval()
     with torch.no_grad():
         for layer in model.layers:
@@ -84,20 +84,20 @@ class TestData:
 class TestMeasures:
     def test_even_attention_has_no_sink_and_a_known_share(self, split):
         """Queries of zero: every row is even over what it sees."""
-        found = judged(split, arm(), planted_sink(arm()))
+        found = judged(split, arm(), planted_even(arm()))
         assert found["sink_1"] == 0.0
         assert found["mass"] == pytest.approx(1.0)
         assert found["first_share"] == pytest.approx(sum(1 / n for n in range(2, 17)) / 15, rel=1e-4)
 
     def test_a_window_of_two_makes_the_first_token_a_sink_of_its_few_rows(self, split):
         """Rows 0 and 1 alone see it: 1 and 1/2."""
-        found = judged(split, arm(window=2), planted_sink(arm(window=2)))
+        found = judged(split, arm(window=2), planted_even(arm(window=2)))
         assert found["sink_1"] == 1.0
         assert found["first_share"] == pytest.approx(0.5)
 
     def test_softmax_plus_one_leaves_a_share_for_the_slot(self, split):
         given = arm(normalizer="softmax_plus_one")
-        found = judged(split, given, planted_sink(given))
+        found = judged(split, given, planted_even(given))
         expected = sum(n / (n + 1) for n in range(2, 17)) / 15
         assert found["mass"] == pytest.approx(expected, rel=1e-4)
         assert found["slot"] == pytest.approx(1 - sum(n / (n + 1) for n in range(1, 17)) / 16, rel=1e-4)
@@ -105,7 +105,7 @@ class TestMeasures:
 
     def test_weights_that_are_no_distribution_are_read_through_the_proxy_beside_their_mass(self, split):
         given = arm(normalizer="sigmoid")
-        found = judged(split, given, planted_sink(given))
+        found = judged(split, given, planted_even(given))
         assert found["mass"] == pytest.approx(sum(n / 2 for n in range(2, 17)) / 15, rel=1e-4)
         assert found["first_share"] == pytest.approx(sum(1 / n for n in range(2, 17)) / 15, rel=1e-4)
         assert found["slot"] == 0.0

@@ -36,11 +36,17 @@ def experiment(**changes) -> Experiment:
 
 def made(sink: dict[str, float], loss: dict[str, float] | None = None, seeds=(0, 1, 2)) -> SinkLab:
     """A laboratory with given numbers, the same for all seeds but for a little."""
+    others = {column.name: 1.0 for column in COLUMNS}
     results = [
-        ArmResult(arm=name, seed=seed, course=[3.0, 2.0],
-                  numbers={c.name: 1.0 for c in COLUMNS} | {"sink_1": s + 0.001 * seed, "loss": (loss or {}).get(name, 2.0)})
-        for name, s in sink.items() for seed in seeds
-    ]  # fmt: skip
+        ArmResult(
+            arm=name,
+            seed=seed,
+            course=[3.0, 2.0],
+            numbers={**others, "sink_1": s + 0.001 * seed, "loss": (loss or {}).get(name, 2.0)},
+        )
+        for name, s in sink.items()
+        for seed in seeds
+    ]
     lab = SinkLab(
         name="made", about="", arms={name: {"normalizer": name} for name in sink}, groups=dict.fromkeys(sink, ""),
         seeds=list(seeds), results=results, run={"text": "a text", "settings_of_all_arms": {"steps": 3}},
@@ -122,8 +128,8 @@ class TestGrid:
             run_sinks(experiment(), text=Text.of("short " * 20, "a short text"))
 
     def test_a_killed_run_goes_on_from_its_checkpoint(self, tmp_path):
-        """kill -9 in the middle of an arm: the finished one is kept, the other continues, and the numbers are those of
-        a run that was not disturbed."""
+        """kill -9 in the middle of an arm: the finished one is kept, the other goes on, the numbers are those of a run
+        that was not disturbed."""
         code = (
             "import torch; torch.set_num_threads(1)\n"
             "from headway.lab import Arm, Experiment, run_sinks\n"
@@ -170,7 +176,7 @@ class TestTable:
         lab = made({"softmax": 0.4, "good": 0.01, "dear": 0.0, "same": 0.38}, {"good": 1.98, "dear": 2.5})
         text = " ".join(lab.findings)
         assert "2 of 3 arms have at most a fifth" in text
-        assert "good has the lowest loss of those, 1.980 (-1.0% of the baseline's)" in text
+        assert "good has the lowest loss of those, 1.980 (−1.0% of the baseline's; −0.020 nats" in text
         assert not lab.warnings
 
     def test_without_a_sink_in_the_baseline_nothing_is_concluded(self):

@@ -170,8 +170,7 @@ class TestSmallKeys:
         close(absorbed(query) @ key.repeat_interleave(4, 1).transpose(2, 3), query @ spread.transpose(2, 3))
 
     @pytest.mark.parametrize("expand", ["absorbed", "mlp"])
-    def test_the_output_depends_on_relative_positions_alone(self, expand):
-        """The same tokens behind a document that was reset away, and behind padding, stand elsewhere and mix alike."""
+    def test_scores_depend_on_relative_positions_alone(self, expand):
         mixer = layer(key_dim=2, key_expand=expand)
         at = torch.arange(6)
         query = torch.randn(1, 8, 6, mixer.product_dim, dtype=torch.float64)

@@ -198,6 +198,14 @@ class TestRefusals:
         with pytest.raises(ArgumentError, match="softcap at Gemma2Attention"):
             convert(model, key_heads=1)(**inputs)
 
+    @pytest.mark.parametrize("name", ["sdpa", "eager"])
+    def test_attention_functions_for_equal_heads(self, name):
+        model, inputs = host()
+        converted = convert(model, key_heads=1)
+        converted.set_attn_implementation(name)
+        with pytest.raises(ArgumentError, match=f"got '{name}', .* with 1 and 4. Supported is 'headway_diffqkv'"):
+            converted(**inputs)
+
     def test_dropout(self):
         model, inputs = host(attention_dropout=0.1)
         with pytest.raises(ArgumentError, match=r"dropout: got 0\.1"):

@@ -60,6 +60,15 @@ def test_kernels_depend_on_the_image_and_a_head_on_its_own_channels():
     assert bool((before[0, 4:] != after[0, 4:]).any((-1, -2)).all())
 
 
+def test_channels_of_a_head_share_the_kernel_of_the_paper():
+    mix = mixer(kernel_per="head")
+    kernels = mix.residual.kernels(tokens())
+    assert torch.equal(kernels[:, :1].expand(-1, 4, -1, -1), kernels[:, :4])
+    assert torch.equal(kernels[:, 4:5].expand(-1, 4, -1, -1), kernels[:, 4:])
+    assert not torch.allclose(kernels[:, 0], kernels[:, 4])
+    torch.testing.assert_close(mix(tokens(), grid=GRID)[0], mix(tokens(), grid=GRID, mode="reference")[0], **CLOSE)
+
+
 def test_gradients_of_the_residual_are_those_of_finite_differences():
     residual = LocalResidual(4, heads=2).double()
     x, value = (tokens(6, batch=1, width=4, seed=s).requires_grad_() for s in (1, 2))
@@ -220,6 +229,7 @@ def test_a_missing_grid_of_a_square_is_named_and_not_guessed():
         (lambda: InlineMixer(9, heads=2), "width, heads"),
         (lambda: InlineMixer(8, heads=2, causal=False, prefix=-1), "prefix: got -1"),
         (lambda: LocalResidual(9, heads=2), "width, heads"),
+        (lambda: LocalResidual(8, heads=2, kernel_per="patch"), "kernel_per: got 'patch'"),
         (lambda: local_residual(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4)), "kernel: got shape"),
         (lambda: local_residual(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), mode="fast"), "mode: got 'fast'"),
     ],

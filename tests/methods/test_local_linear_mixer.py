@@ -53,6 +53,21 @@ class TestMixer:
         assert layer.raw_ridge.grad is not None
         assert bool((layer.raw_ridge.grad != 0).all())
 
+    def test_every_head_learns_its_bandwidth(self):
+        layer = mixer()
+        layer(tokens())[0].square().sum().backward()
+        assert bool((layer.log_gain.grad != 0).all())
+        assert not mixer(learn_scale=False).log_gain.requires_grad
+
+    def test_a_narrow_head_reads_one_key(self):
+        """Queries that are keys, with a narrow bandwidth, get the value of their key."""
+        layer = mixer(position="none", kv_heads=4)
+        layer.load_state_dict({**layer.state_dict(), "key.weight": layer.query.weight})
+        with torch.no_grad():
+            layer.log_gain.fill_(12.0)
+        x = tokens()
+        torch.testing.assert_close(layer(x)[0], layer.output(layer.value(x)))
+
     def test_a_ridge_stays_positive_whatever_is_learned(self):
         layer = mixer()
         with torch.no_grad():
@@ -138,9 +153,10 @@ class TestDoor:
     @pytest.mark.parametrize("padded", [False, True])
     def test_observers_see_the_weights_that_make_the_output(self, options, padded):
         model = language_model(**options)
-        if options:
-            for block in model.modules():
-                if isinstance(block, LocalLinearMixer):
+        for block in model.modules():
+            if isinstance(block, LocalLinearMixer):
+                torch.nn.init.normal_(block.log_gain, std=0.5)
+                if options:
                     torch.nn.init.normal_(block.probe.weight)
         ids = torch.randint(0, 40, (2, 11), generator=torch.Generator().manual_seed(2))
         mask = torch.ones_like(ids)

@@ -369,3 +369,24 @@ class TestArguments:
         assert bool(torch.isfinite(mixer(inputs(5))[0]).all())
         with pytest.raises(ArgumentError, match="length: got None"):
             mixer(inputs(5), state=fresh(mixer))
+
+
+class TestModels:
+    @pytest.mark.parametrize("name", ["plain", "window", "learned denominator", "key-value slot", "softpick", "affine"])
+    def test_a_language_model_generates_from_its_states_and_survives_a_file(self, name, tmp_path):
+        from headway.models import HeadwayConfig, HeadwayForCausalLM
+
+        torch.manual_seed(0)
+        options = {"kv_heads": 2, **OPTIONS[name]}
+        config = HeadwayConfig(vocab_size=31, width=16, layers=2, heads=4, mixer="softmax", mixer_options=options)
+        model = HeadwayForCausalLM(config)
+        ids = torch.randint(1, 31, (2, 9), generator=torch.Generator().manual_seed(1))
+        model.train()(input_ids=ids)
+        model.eval()
+        cached = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        again = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)
+        assert torch.equal(cached, again)
+        model.save_pretrained(tmp_path)
+        loaded = HeadwayForCausalLM.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -118,7 +118,8 @@ class TestModel:
 
         model = model_of(["lightning", "softmax"], vocab_size=300)
         found = headway.look(model, byte_tokenizer(), "The quick brown fox jumps over the lazy dog. " * 6, tokens=128)
-        assert isinstance(found, Look) and found.model["layers"] == 2
+        assert isinstance(found, Look)
+        assert found.model["layers"] == 2
         entropy = next(m for m in found.heads if m.name == "entropy")
         assert all(value == value for row in entropy.values for value in row)
 

@@ -102,6 +102,19 @@ class TestSimilarity:
             embedding_similarity("minilm", None)
 
 
+@pytest.mark.real
+def test_the_embedded_encoder_knows_meaning_where_spelling_differs():
+    import headway
+
+    alike = embedding_similarity(*headway.load("minilm"))
+    near, far = (
+        ("show the memory of the graphics card", "print GPU RAM"),
+        ("show the memory of the graphics card", "a cat"),
+    )
+    assert alike(*near) > alike(*far)
+    assert alike("nvidia-smi -L", "nvidia-smi -L") == pytest.approx(1.0, abs=1e-5)
+
+
 class TestCommands:
     def score(self, answer, number=1, **options):
         return cmdgen.score(cmdgen.samples()[number], [answer], **options)

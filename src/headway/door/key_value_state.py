@@ -86,16 +86,16 @@ def crop_keys(state: State, tokens: int) -> State:
     if not 0 <= tokens <= length:
         raise ArgumentError(f"tokens: got {tokens}, expected 0..{length}, the tokens that are stored.")
     keep = length - tokens
-    tensors = {
-        name: t[:, :, :keep] if name in ("key", "value") else t[:, :keep] for name, t in state.tensors.items()
-    }
+    tensors = {name: t[:, :, :keep] if name in ("key", "value") else t[:, :keep] for name, t in state.tensors.items()}
     if "real" not in state.tensors:
         return State(tensors, state.seen - tokens)
     if tokens == 0:
         return state
     gone, document = state.tensors["real"][:, keep:], state.tensors["document"]
     if bool((document[:, keep:] != (document[:, keep - 1 : keep] if keep else document[:, :1])).any()):
-        raise ArgumentError(f"tokens: got {tokens}, which reaches into a former document; expected to stay in this one.")
+        raise ArgumentError(
+            f"tokens: got {tokens}, which reaches into a former document; expected to stay in this one."
+        )
     return State(tensors, state.seen - gone.sum(1))
 
 

@@ -74,11 +74,13 @@ class Mixer(nn.Module):
     """Base of token mixers. A subclass sets `slug` and overrides `init_state` and `forward`.
 
     `causal` is an attribute of the instance, as some mixers read both ways; `can_crop` tells whether tokens can be
-    taken back from the state, `constant_state` whether its bytes are the same at any length."""
+    taken back from the state, `constant_state` whether its bytes are the same at any length, `reads_grid` whether it
+    uses the places of patches in an image (and then has an option `prefix`, the tokens in front of them)."""
 
     slug: ClassVar[str] = ""
     can_crop: ClassVar[bool] = False
     constant_state: ClassVar[bool] = True
+    reads_grid: ClassVar[bool] = False
 
     def __init__(self, width: int, *, heads: int, layer: int = 0, layers: int = 1, causal: bool = True) -> None:
         super().__init__()
@@ -171,7 +173,9 @@ def check_inputs(
                 "tokens so far, to that."
             )
     if state is not None and state.batch != x.shape[0]:
-        raise ArgumentError(f"state: got one of {state.batch} rows, expected {x.shape[0]} as in x. Reorder or repeat it.")
+        raise ArgumentError(
+            f"state: got one of {state.batch} rows, expected {x.shape[0]} as in x. Reorder or repeat it."
+        )
     if not mixer.causal and (state is not None or mode == "step"):
         raise ArgumentError(
             f"state: got a state or mode 'step' for {mixer.slug} with causal=False, expected neither: a mixer that "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from headway.door.call import AttentionCall
+from headway.door.mixer import Mixer
 from headway.errors import ArgumentError, HostError
 
 #: Layers of a host's own cache that hold keys and values and nothing else.
@@ -24,6 +25,11 @@ def require_plain_decoder(model: nn.Module) -> None:
     """Raises HostError for a host whose cache is more than one list of keys and values per layer: encoder-decoders,
     layers that share their keys, layers with a recurrent state."""
     config, name = text_config(model), type(model).__name__
+    if any(isinstance(module, Mixer) for module in model.modules()):
+        raise HostError(
+            f"{name}: got a model of mixers, which keep states of their own; expected a host whose cache holds keys and "
+            "values. The mixer softmax has an option `window`."
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise HostError(f"{name}: got an encoder-decoder, expected a decoder: it keeps a second cache, of its encoder.")
     if getattr(config, "num_kv_shared_layers", 0):

@@ -17,6 +17,7 @@ MIXERS = (
     (r"rglru|recurrent|lstm|xlstm|gru", "gated recurrence"),
     (r"deltanet|deltaattention|linearattention|lightningattention|retention", "linear attention"),
     (r"shortconv|hyena|convmixer", "convolution mixer"),
+    (r"neuralmemory", "neural memory, which has no weights over keys"),
 )
 #: Parts of such hosts that carry the family's name and mix no tokens.
 _WRAPPERS = re.compile(r"norm|model|layer$|block$|cache|forcausallm|mlp|feedforward|rotary|embed|backend|head")

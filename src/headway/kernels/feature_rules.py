@@ -54,8 +54,8 @@ def feature_map(x: Float[Tensor, "*shape"], name: str) -> Float[Tensor, "*shape"
 class Rule:
     """How features become weights; also the `Weighing` by which observers at the door see them.
 
-    `normaliser`: "subtractive" or "divisive". `feature`: φ, one of FEATURES. `scale`: s, dim^-½ where None.
-    `epsilon`: ε of the divisive rule."""
+    `normaliser`: "subtractive" or "divisive". `feature`: φ, one of FEATURES. `scale`: s, dim^-½ where None; as large
+    as the number of keys it gives the paper's equation, which does not scale. `epsilon`: ε of the divisive rule."""
 
     normaliser: str = "subtractive"
     feature: str = "identity"

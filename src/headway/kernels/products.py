@@ -18,6 +18,8 @@ from torch import Tensor
 
 #: Multiplications below which the call itself costs more than a faster product saves.
 WORTH = 2**19
+#: Rows below which a product is bound by reading its larger side, and nothing is gained.
+ROWS = 16
 
 
 def inner(
@@ -66,6 +68,7 @@ def _one_dnn(a: Tensor, b: Tensor) -> bool:
         a.shape[0] == 1
         and a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
+        and a.shape[1] >= ROWS
         and a.shape[1] * b.shape[1] * b.shape[2] >= WORTH
         and a[0].is_contiguous()
         and b[0].is_contiguous()

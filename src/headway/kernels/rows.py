@@ -100,9 +100,7 @@ def estimate_mean(values: Float[Tensor, "... rows"], sample: RowSample, level: f
     centre = _summed(filled, stratum) / _summed(valid.double(), stratum).clamp(min=1)
     size = _summed(weights * valid, stratum)
     mean = (size / size.sum(-1, keepdim=True) * centre).sum(-1)
-    reach = torch.maximum(
-        *(_reach(filled, valid, weights, stratum // size, level) for size in (1, STRATA_PER_GROUP))
-    )
+    reach = torch.maximum(*(_reach(filled, valid, weights, stratum // size, level) for size in (1, STRATA_PER_GROUP)))
     return Estimate(mean, mean - reach, mean + reach)
 
 

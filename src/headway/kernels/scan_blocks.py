@@ -10,7 +10,7 @@ The products K ᵀV of all blocks come first; then the states before all of them
     S_i = Σ_{j≤i} λ^(T_i − T_j) X_j ,     X_0 the carried state, X_j what block j−1 writes, T_i tokens before block i
 
 and then all outputs. The backward pass goes over the same products from right to left, and recomputes what it needs:
-beside inputs and outputs only the state before every tile is kept, so memory is O(n (d + e)) while `TILE` ≥ d.
+beside inputs and outputs only the state before every tile is kept, which is far less than they take.
 
 Tiles: a run of blocks of one head (of several where sequences are short) is worked off at a time, so that scores and
 states stay in the processor's cache.
@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 
 #: Tokens per block. With d = 64 the work within and between blocks is then equal.
 BLOCK = 64
-#: Tokens per tile on a CPU: with d = e = 64 a tile's tensors take about 2 MB.
-TILE = 1024
+#: Numbers that a tile on a CPU may work with: 2 MB in float32, or 1,024 tokens with d = e = 64.
+WORK = 2**19
 
 
 def scan_blocks(
@@ -44,11 +44,15 @@ def scan_blocks(
     mask: Bool[Tensor, "batch tokens"] | None = None,
     resets: Bool[Tensor, "batch tokens"] | None = None,
     block: int = BLOCK,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> tuple[Float[Tensor, "batch heads tokens value_dim"], Float[Tensor, "batch heads dim value_dim"]]:
     """Output and final state; see `headway.kernels.scan.causal_scan`, which checks the arguments.
 
-    `mask=None` and `resets=None` are the fastest. Values at masked tokens must be finite."""
+    `mask=None` and `resets=None` are the fastest. Values at masked tokens must be finite. `tile` tokens, all heads
+    counted, are worked off together; None chooses."""
+    if tile is None:
+        dim, value_dim = state.shape[2:]
+        tile = max(WORK // (2 * (dim + value_dim) + 2 * block + 2 * dim * value_dim // block), block)
     plan = _Plan.of(query, state, slopes, scale, mask, resets, block, tile)
     return _Scan.apply(query, key, value, state, plan)
 
@@ -228,28 +232,43 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, carried = ctx.saved_tensors
-        plan, wide = ctx.plan, carried.dtype
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         d_state = d_final.clone()
-        for rows in plan.rows:
-            for tile in reversed(plan.tiles):
-                f = plan.factors(rows, tile)
-                q, k, v, d_o = (_cut(x, rows, tile, wide) for x in (query, key, value, d_out))
-                before = _states(k, v, f, carried[tile.index][rows].flatten(0, 1))[:, :-1].flatten(0, 1)
-                led, rested = _times(q, f.lead, f), _times(k, f.rest, f)
-                read = (led.transpose(1, 2) @ d_o).unflatten(0, (len(f.chain), -1))
-                line = torch.cat([read, d_state[rows].flatten(0, 1)[:, None]], 1)
-                d_states = (f.chain.transpose(1, 2) @ line.flatten(2)).view_as(line)
-                d_state[rows] = d_states[:, 0].view_as(d_state[rows])
-                d_written = d_states[:, 1:].flatten(0, 1)
-                weights = _damp(q @ k.transpose(1, 2), f)
-                d_weights = _damp(d_o @ v.transpose(1, 2), f)
-                d_q = torch.baddbmm(_times(d_o @ before.transpose(1, 2), f.lead, f), d_weights, k)
-                d_k = torch.baddbmm(_times(v @ d_written.transpose(1, 2), f.rest, f), d_weights.transpose(1, 2), q)
-                d_v = torch.baddbmm(rested @ d_written, weights.transpose(1, 2), d_o)
-                for grad, part in zip(grads, (d_q, d_k, d_v), strict=True):
-                    _paste(grad, rows, tile, part)
+        # The caller may run the backward pass under autocast, which would narrow the sums.
+        with torch.autocast(query.device.type, enabled=False):
+            for rows in ctx.plan.rows:
+                for tile in reversed(ctx.plan.tiles):
+                    f = ctx.plan.factors(rows, tile)
+                    q, k, v, d_o = (_cut(x, rows, tile, carried.dtype) for x in (query, key, value, d_out))
+                    before, d_behind = (x[rows].flatten(0, 1) for x in (carried[tile.index], d_state))
+                    *found, d_before = _tile_gradients(q, k, v, d_o, before, d_behind, f)
+                    d_state[rows] = d_before.view_as(d_state[rows])
+                    for grad, part in zip(grads, found, strict=True):
+                        _paste(grad, rows, tile, part)
         return *grads, d_state, None
+
+
+def _tile_gradients(
+    q: Float[Tensor, "groups_blocks length dim"],
+    k: Float[Tensor, "groups_blocks length dim"],
+    v: Float[Tensor, "groups_blocks length value_dim"],
+    d_out: Float[Tensor, "groups_blocks length value_dim"],
+    state: Float[Tensor, "groups dim value_dim"],
+    d_state: Float[Tensor, "groups dim value_dim"],
+    f: _Factors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and of the state before the tile, given that of the state behind it."""
+    before = _states(k, v, f, state)[:, :-1].flatten(0, 1)
+    read = (_times(q, f.lead, f).transpose(1, 2) @ d_out).unflatten(0, (len(f.chain), -1))
+    line = torch.cat([read, d_state[:, None]], 1)
+    d_states = (f.chain.transpose(1, 2) @ line.flatten(2)).view_as(line)
+    d_written = d_states[:, 1:].flatten(0, 1)
+    weights = _damp(q @ k.transpose(1, 2), f)
+    d_weights = _damp(d_out @ v.transpose(1, 2), f)
+    d_q = torch.baddbmm(_times(d_out @ before.transpose(1, 2), f.lead, f), d_weights, k)
+    d_k = torch.baddbmm(_times(v @ d_written.transpose(1, 2), f.rest, f), d_weights.transpose(1, 2), q)
+    d_v = torch.baddbmm(_times(k, f.rest, f) @ d_written, weights.transpose(1, 2), d_out)
+    return d_q, d_k, d_v, d_states[:, 0]
 
 
 def _states(

@@ -21,6 +21,9 @@ from headway.lab.table import columns, rows
 from headway.lab.training import EVALUATION
 from headway.pages.console import check_folder, progress_bar
 
+#: Characters that a column takes, its border included.
+COLUMN_WIDTH = 16
+
 
 def sinks(
     arms: str | None,
@@ -55,7 +58,7 @@ def sinks(
     page = write_atomically(out / "sinks.html", found.to_html())
     data = write_atomically(out / "sinks.json", found.to_json())
     printed = Console()
-    printed.print(table_of(found))
+    printed.print(table_of(found, width=printed.width))
     for sentence in found.findings:
         printed.print(f"• {sentence}", soft_wrap=True)
     for sentence in found.warnings:
@@ -71,9 +74,10 @@ def listing() -> None:
     Console().print(table)
 
 
-def table_of(lab: SinkLab) -> Table:
-    """The comparison table for a terminal."""
-    shown = columns(lab)
+def table_of(lab: SinkLab, *, width: int = 200) -> Table:
+    """The comparison table for a terminal of `width` characters: as many columns as fit, in their order."""
+    names = max(len(arm) for arm in lab.arms) + 3
+    shown = columns(lab)[: max((width - names) // COLUMN_WIDTH, 2)]
     table = Table("arm", title=f"{lab.name}: {len(lab.seeds)} seeds" if len(lab.seeds) > 1 else lab.name)
     for column in shown:
         table.add_column(column.words, justify="right", no_wrap=True)

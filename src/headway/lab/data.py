@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,8 +17,8 @@ from headway.train.losses import IGNORE
 
 #: Share of the text, at its end, that no arm is trained on.
 HELD_OUT = 0.1
-#: Keeps the randomness of data apart from that of weights.
-DATA_STREAM = 1 << 20
+#: Streams of randomness: training data, held-out data.
+TRAINING, HELD = 1, 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ByteSequences(Stream):
             raise ArgumentError(f"text: got {len(self.ids)} bytes to train on, expected at least {wanted}.")
 
     def batch(self, index: int) -> Batch:
-        generator = torch.Generator().manual_seed(DATA_STREAM + (self.seed << 32) + index)
+        generator = _generator(TRAINING, self.seed, index)
         starts = torch.randint(0, len(self.ids) - self.arm.length + 1, (self.arm.batch,), generator=generator)
         ids = self.ids[starts[:, None] + torch.arange(self.arm.length)]
         return labelled(with_first(ids, self.arm, generator), self.arm)
@@ -60,7 +61,7 @@ def held_out(split: Split, arm: Arm, count: int, seed: int = 0) -> Int[Tensor, "
         raise ArgumentError(
             f"text: got {places} held-out sequences of {arm.length} bytes, expected {count}. Give a longer text."
         )
-    generator = torch.Generator().manual_seed(DATA_STREAM - 1 - seed)
+    generator = _generator(HELD, seed)
     chosen = torch.randperm(places, generator=generator)[:count]
     ids = split.held_out[chosen[:, None] * arm.length + torch.arange(arm.length)]
     return with_first(ids, arm, generator)
@@ -86,3 +87,10 @@ def labelled(ids: Int[Tensor, "batch length"], arm: Arm) -> dict[str, Tensor]:
     if arm.prefix:
         labels[:, : arm.prefix] = IGNORE
     return {"input_ids": ids, "labels": labels}
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """Randomness from several numbers. torch's generator on the CPU reads the low 32 bits of a seed alone, so that
+    adding them up in different bits would not tell them apart."""
+    words = [number & 0xFFFFFFFFFFFFFFFF for number in numbers]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))

@@ -184,7 +184,7 @@ class _States:
 
 
 @contextmanager
-def in_int8(model: nn.Module, *, bits: int = 8) -> Iterator[None]:
+def in_int8(model: Any, *, bits: int = 8) -> Iterator[None]:
     """While the context is open, every linear map but the last reads its input and its weight through absmax integers
     of so many bits, one scale per tensor. The numbers are those of integer arithmetic; the speed is not."""
     last = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -211,7 +211,7 @@ def narrowed(model: nn.Module, window: int) -> Iterator[None]:
     tokens not among them. Mixers without a window are left as they are."""
     if window < 1:
         raise ArgumentError(f"window: got {window}, expected at least 1: the token itself.")
-    mixers = [m for m in model.modules() if hasattr(m, "normalizer") and hasattr(m, "window")]
+    mixers: list[Any] = [m for m in model.modules() if hasattr(m, "normalizer") and hasattr(m, "window")]
     kept = [(m, m.window, m.prefix) for m in mixers]
     try:
         for m in mixers:

@@ -52,7 +52,6 @@ def payload(lab: SinkLab) -> dict[str, Any]:
             "arms": [
                 {
                     "name": arm,
-                    "group": lab.groups.get(arm, ""),
                     "settings": words_of(lab.arms[arm]),
                     "cells": {name: [c.value, c.low, c.high] for name, c in cells.items()},
                     "runs": {c.name: lab.values(arm, c.name) for c in shown},
@@ -92,6 +91,7 @@ def _row(lab: SinkLab, arm: str, cells: dict[str, Cell]) -> dict[str, Any]:
     failed = [f"seed {r.seed}: {r.failure}" for r in lab.results if r.arm == arm and r.failure]
     return {
         "arm": arm,
+        "group": lab.groups.get(arm, ""),
         "settings": words_of(lab.arms[arm]),
         "baseline": arm == lab.baseline,
         "cells": [(number(cells[c.name].value, c.unit), _interval(cells[c.name], c)) for c in columns(lab)],

@@ -124,7 +124,8 @@ def _about_sinks(lab: SinkLab, others: Sequence[str], base: float) -> list[str]:
     if kept:
         best = min(kept, key=own.__getitem__)
         found.append(
-            f"{best} has the lowest loss of those, {own[best]:.3f} ({own[best] / loss - 1:+.1%} of the baseline's)."
+            f"{best} has the lowest loss of those, {own[best]:.3f} ({signed(own[best] / loss - 1)} of the baseline's"
+            f"{_paired(lab, best)})."
         )
     elif gone:
         found.append(f"None of them keeps the loss within {KEPT:.0%} of the baseline's.")
@@ -133,3 +134,17 @@ def _about_sinks(lab: SinkLab, others: Sequence[str], base: float) -> list[str]:
         most = max(more, key=sink.__getitem__)
         found.append(f"{sink[most]:.1%} of heads sink in {most}, the arm with most.")
     return found
+
+
+def signed(share: float) -> str:
+    """A change in percent with its sign."""
+    return f"{share:+.1%}".replace("-", "−")
+
+
+def _paired(lab: SinkLab, arm: str) -> str:
+    """The paired difference of the loss in words, where there are seeds for an interval."""
+    found = paired_difference(lab, arm, "loss")
+    if not math.isfinite(found.low):
+        return ""
+    words = [f"{x:+.3f}".replace("-", "−") for x in (found.value, found.low, found.high)]
+    return f"; {words[0]} nats over paired seeds, {words[1]} to {words[2]}"

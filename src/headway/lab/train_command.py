@@ -24,6 +24,7 @@ from headway.lab.train_data import language_data, parse_value
 from headway.pages.console import Tell, check_folder, progress_bar
 from headway.train import Trained, train
 from headway.train.losses import LossFunction, classification_loss
+from headway.train.optimizers import OPTIMIZERS, make_optimizer
 from headway.train.tokenizing import tokenize_folder
 
 RESULT = "train.json"
@@ -37,6 +38,7 @@ class Course:
 
     steps: int
     batch: int
+    optimizer: str
     learning_rate: float
     weight_decay: float
     warmup: int | None
@@ -232,6 +234,13 @@ def parse_option(text: str) -> tuple[str, Any]:
 def _prepare(course: Course) -> None:
     if course.batch < 1:
         raise ArgumentError(f"--batch: got {course.batch}, expected at least 1.")
+    if course.optimizer not in OPTIMIZERS:
+        raise unknown("--optimizer", course.optimizer, OPTIMIZERS)
+    if course.learning_rate <= 0 or course.weight_decay < 0:
+        raise ArgumentError(
+            f"--learning-rate, --weight-decay: got {course.learning_rate}, {course.weight_decay}, expected above 0, and "
+            "at least 0."
+        )
     if course.out.is_dir() and (course.out / "checkpoints").is_dir() and not course.resume:
         raise ArgumentError(f"--out: {course.out} holds a run already. Go on with it with --resume, or name another.")
     check_folder(course.out)
@@ -252,8 +261,9 @@ def _train(model: nn.Module, stream: Any, loss: LossFunction, validation: Any, c
             stream,
             steps=course.steps,
             loss=loss,
-            learning_rate=course.learning_rate,
-            weight_decay=course.weight_decay,
+            optimizer=lambda made: make_optimizer(
+                course.optimizer, made, learning_rate=course.learning_rate, weight_decay=course.weight_decay
+            ),
             schedule=course.schedule,
             warmup=min(100, course.steps // PARTS) if course.warmup is None else course.warmup,
             clip=course.clip,

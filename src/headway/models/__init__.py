@@ -1,4 +1,4 @@
-"""Models built of any registered mixer: a causal language model and an image classifier, both real `transformers` models.
+"""Models built of any registered mixer: a causal language model and an image classifier, as `transformers` models.
 
     from headway.models import HeadwayConfig, HeadwayForCausalLM
     model = HeadwayForCausalLM(HeadwayConfig(vocab_size=512, width=128, layers=4, heads=4, mixer="lightning"))

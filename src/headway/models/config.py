@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -21,7 +21,7 @@ class _Stack(PretrainedConfig):
     `mlp_width` is 8/3 of the width, rounded up to a multiple of 8, for gated MLPs and 4 times the width for others."""
 
     # What transformers calls these fields.
-    attribute_map = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class _Stack(PretrainedConfig):
         """Name and options of the mixer of a layer."""
         name = self.mixer[layer] if isinstance(self.mixer, list) else self.mixer
         options = self.mixer_options
-        if isinstance(self.mixer, list) or set(options) == {name} and isinstance(options[name], dict):
+        if isinstance(self.mixer, list) or (set(options) == {name} and isinstance(options[name], dict)):
             options = options.get(name, {})
         return name, dict(options)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from headway.door.mixer import State
+from headway.door.mixer import Mixer, State
 from headway.errors import ArgumentError
 from headway.kernels.norms import make_norm
 from headway.models.base import HeadwayPreTrainedModel
@@ -23,11 +22,11 @@ from headway.models.stack import Block
 class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
     """Token ids to next-token logits.
 
-    `forward` takes the usual fields of a language model. `resets` (batch, tokens) marks the first token of each document
-    in packed rows; `mode` chooses the form of the mixers ("block", "reference", "step")."""
+    `forward` takes the usual fields of a language model. `resets` (batch, tokens) marks the first token of each
+    document in packed rows; `mode` chooses the form of the mixers ("block", "reference", "step")."""
 
     config_class = HeadwayConfig
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: HeadwayConfig) -> None:
         super().__init__(config)
@@ -42,15 +41,22 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        if not isinstance(value, nn.Embedding):
+            raise ArgumentError(f"value: got {type(value).__name__}, expected an nn.Embedding.")
         self.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each layer."""
+        return [block.mixer for block in self.layers if isinstance(block, Block)]
+
     def make_cache(self, batch: int) -> HeadwayCache:
         """An empty cache for a batch of sequences."""
         weight = self.embed_tokens.weight
-        return HeadwayCache([block.mixer for block in self.layers], batch, device=weight.device, dtype=weight.dtype)
+        return HeadwayCache(self.mixers, batch, device=weight.device, dtype=weight.dtype)
 
     def forward(
         self,
@@ -81,14 +87,15 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
                 "model.make_cache(batch), or leave it out."
             )
         mask = real_tokens(attention_mask, x.shape[1], 0 if past_key_values is None else past_key_values.length)
-        states: list[State | None] = [None] * len(self.layers) if past_key_values is None else past_key_values.states
-        hidden, after = [], []
+        states = [None] * len(self.layers) if past_key_values is None else past_key_values.states
+        hidden: list[Tensor] = []
+        after: list[State | None] = []
         for block, state in zip(self.layers, states, strict=True):
             hidden.append(x)
             x, state = block(x, mask=mask, resets=resets, state=state, mode=mode)
             after.append(state)
         if past_key_values is not None:
-            past_key_values.states = after
+            past_key_values.states = [state for state in after if state is not None]
             past_key_values.length += x.shape[1]
         x = self.norm(x)
         hidden.append(x)
@@ -106,8 +113,13 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *_: Any
-    ) -> None:
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
         """One cache of mixer states for the beams or sequences that `generate` asks for."""
         if generation_config.cache_implementation is not None:
             raise ArgumentError(

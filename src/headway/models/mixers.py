@@ -21,6 +21,11 @@ def mixers() -> dict[str, type[Mixer]]:
     return registered_mixers()
 
 
+def reads_grid(slug: str) -> bool:
+    """Whether a mixer uses the places of patches in an image."""
+    return mixers().get(slug, Mixer).reads_grid
+
+
 def build_mixer(slug: str, width: int, heads: int, layer: int, layers: int, options: dict[str, Any]) -> Mixer:
     """The mixer of one layer. Raises ArgumentError for a name or an option that it does not have."""
     mixers()

@@ -10,7 +10,8 @@ from torch.nn import functional
 from headway.door.mixer import State
 from headway.kernels.norms import make_norm
 from headway.models.config import _Stack
-from headway.models.mixers import build_mixer
+from headway.models.mixers import build_mixer, reads_grid
+
 
 class MLP(nn.Module):
     """W_o( a(W_g x) ⊙ W_u x ) for gated kinds, W_o a(W_u x) for others. `sglu` has no activation (TNL)."""
@@ -36,13 +37,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); with `norm_place="post"` norm(x + mixer(x)) and the like."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); with `norm_place="post"` norm(x + mixer(x)) and the like.
 
-    def __init__(self, config: _Stack, layer: int, causal: bool) -> None:
+    `prefix` is the number of tokens in front of the patches of an image, of a model that reads both ways."""
+
+    def __init__(self, config: _Stack, layer: int, *, causal: bool, prefix: int = 0) -> None:
         super().__init__()
         name, options = config.mixer_of(layer)
         if not causal:
             options["causal"] = False
+            if prefix and reads_grid(name):
+                options.setdefault("prefix", prefix)
         self.mixer = build_mixer(name, config.width, config.heads, layer, config.layers, options)
         self.post = config.norm_place == "post"
         self.mixer_norm = make_norm(config.norm, config.width)

@@ -29,9 +29,9 @@ class HeadwayViT(HeadwayPreTrainedModel):
         extra = int(config.cls_token)
         self.cls = nn.Parameter(torch.zeros(1, 1, config.width)) if config.cls_token else None
         self.places = nn.Parameter(torch.randn(1, rows * columns + extra, config.width) * config.init_std)
-        self.layers = nn.ModuleList(Block(config, layer, causal=False) for layer in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, layer, causal=False, prefix=extra) for layer in range(config.layers))
         self.norm = make_norm(config.norm, config.width)
-        self.head = nn.Linear(config.width, config.num_labels)
+        self.head = nn.Linear(config.width, config.classes)
         self.initialise_outside_mixers()
         self.post_init()
 

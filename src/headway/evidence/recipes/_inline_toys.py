@@ -10,8 +10,7 @@ from torch import Tensor
 
 from headway.evidence.recipe import Context
 from headway.methods.layers.inline import ConfusionObserver
-from headway.models.config import HeadwayViTConfig
-from headway.models.vision import HeadwayViT
+from headway.models import HeadwayViT, HeadwayViTConfig
 from headway.train import Run, train
 from headway.train.images import Images, ImageStream, accuracy, load_images
 
@@ -35,7 +34,7 @@ def classifier(arm: str, images: Images, *, seed: int, patch: int, width: int, l
     torch.manual_seed(seed)
     return HeadwayViT(
         HeadwayViTConfig(
-            image_size=tuple(images.pixels.shape[2:]),
+            image_size=(images.pixels.shape[2], images.pixels.shape[3]),
             patch_size=patch,
             num_channels=images.pixels.shape[1],
             classes=images.classes,

@@ -37,7 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def arms(context: Context) -> dict[str, Any]:
     """Held-out loss in nats per character of every arm and seed, the loss of a bigram model, and parameter counts."""
-    count, steps, batch, length = context.choose(smoke=(2, 3, 2, 32), small=(4, 300, 16, 96), full=(8, 4000, 64, 256))
+    count, steps, batch, length = context.choose(smoke=(2, 3, 2, 32), small=(4, 250, 16, 96), full=(8, 4000, 64, 256))
     train, held = _characters()
     seeds = context.seeds(count)
     losses: dict[str, list[float]] = {name: [] for name in ARMS}

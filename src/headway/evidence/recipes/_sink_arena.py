@@ -59,7 +59,8 @@ class ArenaLayer(TriggerAttention):
             visible[1:, 0] = False
         scores = query @ key.transpose(-1, -2) * HEAD_DIM**-0.5
         weights, outputs = [], []
-        for seed, (rule, gate) in enumerate(zip(self.rules, self.gates, strict=True)):
+        modules: Any = zip(self.rules, self.gates, strict=True)
+        for seed, (rule, gate) in enumerate(modules):
             weighing = rule.bind(inputs[seed], length=items)
             own = weighing(
                 scores[seed][:, None], visible[None, None], positions=torch.arange(items),

@@ -29,7 +29,7 @@ CHUNK, WINDOW = 8, 6
 #: A bound on θ by momentum alone: keys do not repeat within a chunk of these toys.
 MEMORY = {"chunk": CHUNK, "expansion": 2.0, "stability": "momentum"}
 BESIDE = {"window": WINDOW, "persistent": 2}
-#: Mixer and options of each arm. `window` is what stands below the claims, `attention` shows that the toy can be learned.
+#: Mixer and options of each arm. `window` is what the claims compare with, `attention` shows that the toy can be learned.
 ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "attention": ("softmax", {}),
     "window": ("softmax", {"window": WINDOW}),
@@ -130,8 +130,8 @@ def trained(arm: str, setting: Setting, seed: int, *, rebound: bool = False) -> 
 def train_all(
     arms: Sequence[tuple[str, bool]], setting: Setting, seed: int, *, workers: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """All arms of one seed, (name, keys are bound again), with so many processes: the layers are too small for more than
-    one thread to help."""
+    """All arms of one seed, (name, keys are bound again), with so many processes: the layers are too small for more
+    than one thread to help."""
     names = [f"rebound {arm}" if again else arm for arm, again in arms]
     if workers == 1:
         found = [trained(arm, setting, seed, rebound=again) for arm, again in arms]

@@ -118,7 +118,7 @@ def _digits(context: Context) -> Runs:
 
     def arm(name: str) -> list[dict[str, Any]]:
         steps = long if name in ("softmax", "inline + local") else short
-        shape = {"patch": 1, "width": 32, "layers": 2}
+        shape: dict[str, Any] = {"patch": 1, "width": 32, "layers": 2}
         return [
             trained(name, images, seed=seed, steps=steps, looks=(short,), confusion=True, **shape)
             for seed in context.track(seeds, f"digits, {name}")
@@ -139,7 +139,7 @@ def _mnist(context: Context) -> Runs:
     images = image_set(context, "mnist-5k")
 
     def arm(name: str) -> list[dict[str, Any]]:
-        shape = {"patch": 4, "width": 32, "layers": 2}
+        shape: dict[str, Any] = {"patch": 4, "width": 32, "layers": 2}
         return [
             trained(name, images, seed=seed, steps=steps, **shape) for seed in context.track(seeds, f"MNIST, {name}")
         ]
@@ -155,7 +155,7 @@ def _edges(context: Context) -> Runs:
     images = edges(count, context.torch_generator("edges"))
 
     def arm(name: str) -> list[dict[str, Any]]:
-        shape = {"patch": 1, "width": 32, "layers": 1}
+        shape: dict[str, Any] = {"patch": 1, "width": 32, "layers": 1}
         return [
             trained(name, images, seed=seed, steps=steps, **shape) for seed in context.track(seeds, f"edges, {name}")
         ]
@@ -215,7 +215,12 @@ def _vision_model(context: Context) -> tuple[Any, int]:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     return ViTModel(ViTConfig(**sizes, image_size=32, patch_size=4), add_pooling_layer=False).eval(), 4
 
 

@@ -45,8 +45,8 @@ CRITERIA = {
 }
 
 SEEN = (
-    "Times at 16,384 tokens were known, from a loaded machine, when the recipe was written; the criterion is a number of "
-    "the paper or of the task the kernel was written for."
+    "Times at 16,384 tokens were known, from a loaded machine, when the recipe was written; the criterion is a number "
+    "of the paper or of the task the kernel was written for."
 )
 
 
@@ -122,7 +122,7 @@ def _forward_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             id="ratio",
-            statement=f"A forward pass over {lengths[asked]:,} tokens is at least 30 times as fast as softmax attention.",
+            statement=f"A forward pass over {lengths[asked]:,} tokens takes 1/30 of the time of softmax or less.",
             paper=PaperValue("162.9 ms / 17.7 ms = 9.2", "32,768 tokens, A100", "table of the released code"),
             measured=ratio,
             criterion=CRITERIA["ratio"],

@@ -365,7 +365,7 @@ def _memory_claim(found: dict[str, Any]) -> Claim:
 
 def _trained_claims(context: Context) -> list[Claim]:
     seeds = context.seeds(context.choose(smoke=2, small=3, full=10))
-    steps, pairs = context.choose(smoke=(2, 8), small=(250, 32), full=(2000, 48))
+    steps, pairs = context.choose(smoke=(2, 8), small=(200, 32), full=(2000, 48))
     found: dict[str, dict[str, list[float]]] = {}
     for task in ("recall", "regression"):
         found[task] = {}

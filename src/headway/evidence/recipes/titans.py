@@ -1,8 +1,8 @@
 """Titans: recall beyond the window, what its parts add, and how chunks behave.
 
 Models of two layers are trained on key-value recall with the answers further back than attention can see. Every arm has
-the same seeds, data and steps, so differences are paired. Full attention, trained beside them, shows that the toy can be
-learned in these steps; where it did not learn, nothing is concluded.
+the same seeds, data and steps, so differences are paired. Full attention, trained beside them, shows that the toy can
+be learned in these steps; where it did not learn, nothing is concluded.
 
 Paper: Titans: Learning to Memorize at Test Time, arXiv 2501.00663.
 """
@@ -61,7 +61,7 @@ def run(context: Context) -> list[Claim]:
     )
     seeds = context.seeds(setting.seeds)
     found = _trained(context, setting, seeds)
-    streams = context.choose(smoke=(4, 64), small=(40, 512), full=(400, 4096))
+    streams = context.choose(smoke=(4, 256), small=(40, 512), full=(400, 4096))
     chunks = context.stage(
         "chunks",
         lambda: stream_losses(
@@ -127,8 +127,8 @@ def _window_claim(context: Context, found: dict[str, Any], seeds: Sequence[int])
         measured=_mean(context, "window", found["window"], seeds),
         criterion=CRITERIA["window-is-blind"],
         others={"attention": _mean(context, "attention", found["attention"], seeds)},
-        notes="Two layers of a window of 6 keys reach 10 tokens back; the gap is longer. Size and steps of the toy, and "
-        "how well full attention must have learned it, were set when single runs of four arms had been seen; margins "
+        notes="Two layers of a window of 6 keys reach 10 tokens back; the gap is longer. Size and steps of the toy, "
+        "and how well full attention must have learned it, were set when single runs of four arms had been seen; margins "
         "were not changed.",
         details={"by gap": _by_gap(found["window"]), "attention by gap": _by_gap(found["attention"])},
     )
@@ -225,8 +225,8 @@ def _chunk_claims(found: dict[str, Any]) -> list[Claim]:
             measured=Measurement(max(worst["bounded"].values())),
             criterion=CRITERIA["chunk-stability"],
             others={"constant": Measurement(min(max(worst["constant"].values()), 1e300))},
-            notes="One key over and over, the worst case of a chunk; θ = 0.03, η = 0.8 in the constant arm. The rule is "
-            "ours: the paper does not say how θ is kept stable.",
+            notes="One key over and over, the worst case of a chunk; θ = 0.03, η = 0.8 in the constant arm. The rule "
+            "is ours: the paper does not say how θ is kept stable.",
             details={rule: {size: min(loss, 1e300) for size, loss in by.items()} for rule, by in worst.items()},
         ),
     ]

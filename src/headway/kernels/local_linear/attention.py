@@ -5,7 +5,7 @@ Forward, per row: p, k̄, x = C⁻¹(q − k̄), o = Σ p (1 + u) v with u_j = (
 Backward, for g = ∂L/∂o: with G_j = g·v_j, ḡ = Σ p G, t = Σ p_j G_j (k_j − k̄), U = C⁻¹ t, û_j = (k_j − k̄)·U,
 
     A_j = (1 + u_j)(G_j − û_j) − ḡ u_j ,   ∂l_j = p_j (A_j − Σ p A)                     l_j = s q·k_j
-    ∂q = s Σ ∂l_j k_j + U ,   ∂k_j = s ∂l_j q + p_j (G_j − ḡ − û_j) x − p_j (1 + u_j) U
+    ∂q = s Σ ∂l_j k_j + U ,   ∂s = q·Σ ∂l_j k_j ,   ∂k_j = s ∂l_j q + p_j (G_j − ḡ − û_j) x − p_j (1 + u_j) U
     ∂v_j = p_j (1 + u_j) g ,   ∂λ = −U·x
 
 which is the whole gradient. The released code holds ω fixed inside the ridge λ ω; that adds λ (U·x) p_j to ∂l_j, and
@@ -14,7 +14,9 @@ is what `detach_ridge_weight` does. A given x (`sloped_attention`) has ∂x = t,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from headway.kernels.local_linear.tiles import BACKWARD_TILE, BLOCK, DIRECT, FOR
 from headway.kernels.local_linear.weights import sloped_weights
 from headway.kernels.products import inner, outer
 
+#: A number, one per head and row or a broadcast of that, or None for dim ** -0.5.
+Scale = float | Float[Tensor, "#batch #heads #queries"] | None
 SOLVERS = ("auto", "direct", "cg")
 MODES = ("block", "reference")
 #: Relative residuals at which a row's solve stops, where none is given. In float32 outputs then err by about 1e-4.
@@ -58,7 +62,7 @@ def local_linear_attention(
     value: Float[Tensor, "batch kv_heads keys value_dim"],
     *,
     ridge: float | Float[Tensor, "#batch #heads #queries"] = RIDGE,
-    scale: float | None = None,
+    scale: Scale = None,
     causal: bool = True,
     visible: Bool[Tensor, "#batch #heads queries keys"] | None = None,
     dropout: float = 0.0,
@@ -73,13 +77,14 @@ def local_linear_attention(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """o_i of the module's docstring; rows that see nothing are zero.
 
-    `ridge` is λ > 0, in units of squared key length; a tensor is broadcast to (batch, heads, queries) and may be
-    learned. `causal` aligns the last query with the last key; `visible` hides further keys, before any weight is taken.
-    `solver` is "direct" (C formed and factored), "cg" (conjugate gradients, to `tolerance` relative to the right side),
-    or "auto": direct up to dim 8. `jacobi` preconditions with the diagonal of C; it rarely pays. Rows that did not
-    converge give a ConvergenceWarning, or raise ConvergenceError if `strict`. Half precision is computed in float32.
-    `dropout` is refused, as weights may be negative. Raises ArgumentError for what cannot be used."""
-    settings, query_, key_, value_, ridge_ = _prepare(
+    `ridge` is λ > 0, in units of squared key length, `scale` the inverse bandwidth s (dim ** -0.5 for None); tensors
+    are broadcast to (batch, heads, queries) and may be learned. `causal` aligns the last query with the last key;
+    `visible` hides further keys, before any weight is taken. `solver` is "direct" (C formed and factored), "cg"
+    (conjugate gradients, to `tolerance` relative to the right side), or "auto": direct up to dim 8. `jacobi`
+    preconditions with the diagonal of C; it rarely pays. Rows that did not converge give a ConvergenceWarning, or raise
+    ConvergenceError if `strict`. Half precision is computed in float32. `dropout` is refused, as weights may be
+    negative. Raises ArgumentError for what cannot be used."""
+    settings, query_, key_, value_, ridge_, scale_ = _prepare(
         query,
         key,
         value,
@@ -100,12 +105,13 @@ def local_linear_attention(
     query_, key_, value_ = _without_unseen(query_, key_, value_, visible)
     if mode == "reference":
         seen = _all_visible(query, key, causal, visible)
-        weights = reference_weights(
-            query_, key_, ridge=ridge_, scale=settings.scale, visible=seen, detach_ridge_weight=detach_ridge_weight
+        weights = _in_full_precision(reference_weights)(
+            query_, key_, ridge=ridge_, scale=scale_, visible=seen, detach_ridge_weight=detach_ridge_weight
         )
         return grouped_values(weights, value_).to(value.dtype)
     output, _, _, residual, _ = _LocalLinear.apply(
         *_folded(query_, key_, value_),
+        _fold_rows(scale_.expand(query.shape[:3]), key.shape[1]),
         _fold_rows(ridge_.expand(query.shape[:3]), key.shape[1]),
         None,
         _fold_visible(visible, query.shape[1] // key.shape[1]),
@@ -125,11 +131,12 @@ def fit_local_linear(
     **options: Any,
 ) -> LocalFit:
     """The fits themselves, without gradients and without warnings. Options of `local_linear_attention`."""
-    settings, query_, key_, value_, ridge_ = _prepare(query, key, value, ridge, visible, **options)
+    settings, query_, key_, value_, ridge_, scale_ = _prepare(query, key, value, ridge, visible, **options)
     with torch.no_grad():
         query_, key_, value_ = _without_unseen(query_, key_, value_, visible)
         found = _forward(
             *_folded(query_, key_, value_),
+            _fold_rows(scale_.expand(query.shape[:3]), key.shape[1]),
             _fold_rows(ridge_.expand(query.shape[:3]), key.shape[1]),
             None,
             _fold_visible(visible, query.shape[1] // key.shape[1]),
@@ -144,7 +151,7 @@ def sloped_attention(
     value: Float[Tensor, "batch kv_heads keys value_dim"],
     slope: Float[Tensor, "batch heads queries dim"],
     *,
-    scale: float | None = None,
+    scale: Scale = None,
     causal: bool = True,
     visible: Bool[Tensor, "#batch #heads queries keys"] | None = None,
     mode: str = "block",
@@ -152,7 +159,7 @@ def sloped_attention(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Σ_j p_ij (1 + (k_j − k̄_i)·x_i) v_j for given slopes x: local linear attention whose solve is replaced by a
     learned probe (Parallax, arXiv 2605.29157, there with ρ = −x). Rows that see nothing are zero."""
-    settings, query_, key_, value_, _ = _prepare(
+    settings, query_, key_, value_, _, scale_ = _prepare(
         query, key, value, RIDGE, visible, scale=scale, causal=causal, mode=mode, block=block
     )
     if slope.shape != query.shape:
@@ -161,18 +168,30 @@ def sloped_attention(
     slope_ = slope.to(query_.dtype)
     if mode == "reference":
         seen = _all_visible(query, key, causal, visible)
-        logits = settings.scale * query_ @ key_.repeat_interleave(check_heads(query, key), 1).transpose(-1, -2)
+        logits = scale_[..., None] * query_ @ key_.repeat_interleave(check_heads(query, key), 1).transpose(-1, -2)
         softmax = torch.where(seen.any(-1, keepdim=True), logits.masked_fill(~seen, -torch.inf), 0.0).softmax(-1)
         softmax = torch.where(seen, softmax, 0.0)
         return grouped_values(sloped_weights(softmax, None, key_, slope_), value_).to(value.dtype)
     output, *_ = _LocalLinear.apply(
         *_folded(query_, key_, value_),
+        _fold_rows(scale_.expand(query.shape[:3]), key.shape[1]),
         None,
         _fold_rows(slope_, key.shape[1]),
         _fold_visible(visible, query.shape[1] // key.shape[1]),
         settings,
     )
     return _unfold(output, query).to(value.dtype)
+
+
+def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which would take the products in half precision."""
+
+    @wraps(function)
+    def call(first: Tensor, *rest: Any, **options: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest, **options)
+
+    return call
 
 
 class _LocalLinear(torch.autograd.Function):
@@ -182,13 +201,14 @@ class _LocalLinear(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        scale: Tensor,
         ridge: Tensor | None,
         slope: Tensor | None,
         visible: Tensor | None,
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        found = _forward(query, key, value, ridge, slope, visible, settings)
-        context.save_for_backward(query, key, value, ridge, visible, found[1], found[2])
+        found = _forward(query, key, value, scale, ridge, slope, visible, settings)
+        context.save_for_backward(query, key, value, scale, ridge, visible, found[1], found[2])
         context.settings = settings
         context.learned = ridge is None
         context.mark_non_differentiable(*found[1:])
@@ -197,21 +217,24 @@ class _LocalLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, ridge, visible, centre, slope = context.saved_tensors
-        return (*_backward(gradient, query, key, value, ridge, visible, centre, slope, context.settings), None, None)
+        query, key, value, scale, ridge, visible, centre, slope = context.saved_tensors
+        found = _backward(gradient, query, key, value, scale, ridge, visible, centre, slope, context.settings)
+        return (*found, None, None)
 
 
+@_in_full_precision
 def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: Tensor,
     ridge: Tensor | None,
     given: Tensor | None,
     visible: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, centre, slope, residual and steps of folded tensors."""
-    folded = Folded(query, key, value, visible, settings)
+    folded = Folded(query, key, scale, visible, settings)
     output = query.new_zeros(*query.shape[:3], value.shape[2])
     centre = torch.zeros_like(query)
     slope = torch.zeros_like(query) if given is None else given.clone()
@@ -235,21 +258,23 @@ def _forward(
     return output, centre, slope, residual, steps
 
 
+@_in_full_precision
 def _backward(
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scale: Tensor,
     ridge: Tensor | None,
     visible: Tensor | None,
     centre: Tensor,
     slope: Tensor,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, ridge and slope; the last two where there are any."""
-    folded = Folded(query, key, value, visible, settings)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, scale, ridge and slope; the last two where there are any."""
+    folded = Folded(query, key, scale, visible, settings)
     to_query, to_key, to_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    to_ridge = torch.zeros_like(centre[..., 0])
+    to_scale, to_ridge = torch.zeros_like(scale), torch.zeros_like(scale)
     to_slope = torch.zeros_like(slope) if ridge is None else None
     residual = query.new_zeros(query.shape[:3])
     for part in folded.parts(BACKWARD_TILE):
@@ -278,11 +303,13 @@ def _backward(
             folded.put(to_ridge, part, -tilt)
             if settings.detach_ridge_weight:
                 total = total - (tilt * folded.rows(ridge, part))[..., None]
-        logits.addcmul_(weights, total, value=-1).mul_(settings.scale)
-        folded.put(to_query, part, outer(logits, covariance.key) + adjoint)
+        logits.addcmul_(weights, total, value=-1)
+        steep, turned = folded.rows(scale, part)[..., None], outer(logits, covariance.key)
+        folded.put(to_query, part, torch.addcmul(adjoint, steep, turned))
+        folded.put(to_scale, part, torch.linalg.vecdot(q, turned))
         if to_slope is not None:
             folded.put(to_slope, part, pull)
-        to_key[part.systems, part.keys].baddbmm_(logits.transpose(1, 2), q)
+        to_key[part.systems, part.keys].baddbmm_(logits.transpose(1, 2), steep * q)
         to_key[part.systems, part.keys].baddbmm_(centred.transpose(1, 2), x)
         both = torch.bmm(made.transpose(1, 2), torch.cat([g, -adjoint], -1))
         to_value[part.systems, part.keys] += both[..., : g.shape[2]]
@@ -291,7 +318,7 @@ def _backward(
         report_unconverged(
             "local linear attention, backward", residual, settings.tolerance, FIX, strict=settings.strict
         )
-    return to_query, to_key, to_value, None if ridge is None else to_ridge, to_slope
+    return to_query, to_key, to_value, to_scale, None if ridge is None else to_ridge, to_slope
 
 
 def _prepare(
@@ -301,7 +328,7 @@ def _prepare(
     ridge: float | Tensor,
     visible: Tensor | None,
     *,
-    scale: float | None = None,
+    scale: Scale = None,
     causal: bool = True,
     dropout: float = 0.0,
     mode: str = "block",
@@ -312,8 +339,9 @@ def _prepare(
     detach_ridge_weight: bool = False,
     strict: bool = False,
     block: int = BLOCK,
-) -> tuple[Settings, Tensor, Tensor, Tensor, Tensor]:
-    """The checked settings, and the tensors in the precision of the computation; the ridge has three dimensions."""
+) -> tuple[Settings, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The checked settings, and the tensors in the precision of the computation; ridge and scale have three
+    dimensions."""
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
     if solver not in SOLVERS:
@@ -331,11 +359,14 @@ def _prepare(
     )
     tolerance = TOLERANCE.get(work, TOLERANCE[torch.float32]) if tolerance is None else tolerance
     check_stopping(tolerance, max_iterations)
+    direct = solver == "direct" or (solver == "auto" and query.shape[3] <= DIRECT)
+    if direct:
+        # A factorisation cannot be told how exact to be; only a failed one is worth a warning.
+        tolerance = max(tolerance, torch.finfo(work).eps ** 0.5)
     settings = Settings(
         kv_heads=key.shape[1],
-        scale=query.shape[3] ** -0.5 if scale is None else scale,
         causal=causal,
-        direct=solver == "direct" or (solver == "auto" and query.shape[3] <= DIRECT),
+        direct=direct,
         tolerance=tolerance,
         max_iterations=max_iterations,
         jacobi=jacobi,
@@ -343,7 +374,9 @@ def _prepare(
         block=block,
         strict=strict,
     )
-    return settings, query.to(work), key.to(work), value.to(work), _checked_ridge(ridge, query, work)
+    level = _checked_ridge(_by_row("ridge", ridge, query, work))
+    steep = _by_row("scale", query.shape[3] ** -0.5 if scale is None else scale, query, work)
+    return settings, query.to(work), key.to(work), value.to(work), level, steep
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
@@ -368,27 +401,31 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | N
             )
 
 
-def _checked_ridge(ridge: float | Tensor, query: Tensor, work: torch.dtype) -> Float[Tensor, "#batch #heads #queries"]:
-    level = ridge if isinstance(ridge, Tensor) else torch.tensor(float(ridge), dtype=work)
+def _by_row(
+    name: str, given: float | Tensor, query: Tensor, work: torch.dtype
+) -> Float[Tensor, "#batch #heads #queries"]:
+    """A number or a tensor that broadcasts to (batch, heads, queries), with three dimensions."""
+    level = given if isinstance(given, Tensor) else torch.tensor(float(given), dtype=work)
     level = level.to(query.device, work)
-    try:
-        torch.broadcast_shapes(level.shape, query.shape[:3])
-        fits = level.ndim <= 3 and level.expand(query.shape[:3]) is not None
-    except RuntimeError:
-        fits = False
-    if not fits:
+    wanted = tuple(query.shape[:3])
+    shape = (1,) * (3 - level.ndim) + tuple(level.shape)
+    if len(shape) > 3 or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True)):
         raise ArgumentError(
-            f"ridge: got shape {tuple(level.shape)}, expected one that broadcasts to (batch, heads, queries) = "
-            f"{tuple(query.shape[:3])}. A ridge per head is (heads, 1)."
+            f"{name}: got shape {tuple(level.shape)}, expected one that broadcasts to (batch, heads, queries) = "
+            f"{wanted}. One number per head is (heads, 1)."
         )
+    if not bool(level.isfinite().all()) and not bool(level.isnan().any()):
+        raise NumericError(f"{name}: got infinity, expected finite numbers. Softmax attention is the limit: use that.")
+    return level.reshape(shape)
+
+
+def _checked_ridge(level: Tensor) -> Tensor:
     if level.numel() and not bool((level > 0).all()):
         raise ArgumentError(
-            f"ridge: got {float(level.min()):g}, expected positive numbers: without a ridge the fit of a row that "
-            "sees fewer than dim + 1 keys is singular. Use a small one, such as 1e-6 in float64."
+            f"ridge: got {float(level.min()):g}, expected positive numbers: without a ridge the fit of a row that sees "
+            "fewer than dim + 1 keys is singular. Use a small one, such as 1e-6 in float64."
         )
-    if not bool(level.isfinite().all()):
-        raise NumericError("ridge: got infinity, expected finite numbers. Softmax attention is the limit: use that.")
-    return level.reshape((1,) * (3 - level.ndim) + tuple(level.shape))
+    return level
 
 
 def _without_unseen(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,13 +18,14 @@ def reference_weights(
     key: Float[Tensor, "batch kv_heads keys dim"],
     *,
     ridge: Float[Tensor, "#batch #heads #queries"],
-    scale: float,
+    scale: float | Float[Tensor, "#batch #heads #queries"],
     visible: Bool[Tensor, "#batch #heads queries keys"],
     detach_ridge_weight: bool = False,
 ) -> Float[Tensor, "batch heads queries keys"]:
     """P, differentiable by autograd. Rows that see nothing are zero."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = (scale * query @ key.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+    steep = scale[..., None] if isinstance(scale, Tensor) else scale
+    logits = (steep * query @ key.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
     top = logits.detach().amax(-1, keepdim=True)
     w = torch.exp(logits - torch.where(top.isfinite(), top, 0.0))
     z = key[:, :, None] - query[:, :, :, None]

@@ -28,6 +28,7 @@ BLOCK = 256
 FORWARD_TILE, BACKWARD_TILE = 2**20, 2**15
 #: Largest base-2 logit for which weights are taken without subtracting the row's maximum; 2^60 squared fits in float32.
 UNSHIFTED = 60.0
+LOG2E = math.log2(math.e)
 #: Largest head dimension for which `solver="auto"` forms C.
 DIRECT = 8
 #: Keys whose products with themselves are held at once by the direct solve.
@@ -39,7 +40,6 @@ class Settings:
     """How a call is computed. `direct` forms C and factors it; the rest is for conjugate gradients."""
 
     kv_heads: int
-    scale: float
     causal: bool
     direct: bool
     tolerance: float
@@ -64,18 +64,23 @@ class Folded:
 
     Keys are also kept with a column of ones."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, settings: Settings) -> None:
-        self.query, self.key, self.value, self.visible, self.settings = query, key, value, visible, settings
+    def __init__(self, query: Tensor, key: Tensor, scale: Tensor, visible: Tensor | None, settings: Settings) -> None:
+        self.query, self.key, self.scale, self.visible, self.settings = query, key, scale, visible, settings
         self.kv_heads = settings.kv_heads
         self.systems, self.groups, self.queries, self.dim = query.shape
         self.keys = key.shape[1]
         #: Whether rows may see nothing.
         self.gaps = visible is not None or (settings.causal and self.keys < self.queries)
         self.widened = torch.cat([key, key.new_ones(*key.shape[:2], 1)], -1)
-        self.scale = settings.scale * math.log2(math.e)
-        size = [torch.linalg.vector_norm(x, dim=-1).amax() if x.numel() else x.new_zeros(()) for x in (query, key)]
         self._room = query.new_empty(0)
-        self.shifted = not float(size[0] * size[1]) * abs(self.scale) <= UNSHIFTED
+        self.shifted = not self._largest() <= UNSHIFTED
+
+    def _largest(self) -> float:
+        """No base-2 logit is larger in size."""
+        if not self.query.numel() or not self.key.numel():
+            return 0.0
+        lengths = torch.linalg.vector_norm(self.query, dim=-1) * self.scale.abs()
+        return float(lengths.amax() * torch.linalg.vector_norm(self.key, dim=-1).amax()) * LOG2E
 
     def parts(self, tile: int) -> Iterator[Part]:
         """Tiles of about `tile` weights at most. Rows that see nothing are in none."""
@@ -108,7 +113,7 @@ class Folded:
 
     def weights(self, part: Part) -> Float[Tensor, "part rows keys"]:
         """Softmax weights of a tile, until the next one is asked for; zero rows where nothing is seen."""
-        query = self.rows(self.query, part) * self.scale
+        query = self.rows(self.query, part) * (LOG2E * self.rows(self.scale, part))[..., None]
         key = self.key[part.systems, part.keys]
         seen = self._visible(part)
         weights = self._place(*query.shape[:2], key.shape[1])

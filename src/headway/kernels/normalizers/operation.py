@@ -1,7 +1,9 @@
 """Attention with any weights: one operation as a record, its explicit form in blocks of rows, and its fused forms.
 
-    explicit   w = weighing(scale·q·k + bias) ,   o_i = Σ_j w_ij v_j          any rule, O(block × keys) memory
+    explicit   w = weighing(scale·q·k + bias) ,   o_i = Σ_j w_ij v_j          any rule
     fused      softmax over the keys and one extra column                     wherever the algebra allows
+
+The explicit form holds block × keys weights at a time, and all of them where a gradient is wanted.
 
 The extra column is a key of its own: with a value of zero it takes mass from the row (softmax+1, a learned denominator,
 a key slot). A logit that depends on the head alone is written into one more feature, b/scale at the query and 1 at the

@@ -204,7 +204,18 @@ def _convert_module(module: Any, key_heads: int | None, value_heads: int | None,
         augment.start_as_identity()
         module.q_proj = nn.Sequential(module.q_proj, augment)
     if keys != values:
-        module.register_forward_pre_hook(refuse_equal_heads, with_kwargs=True)
+        module.register_forward_pre_hook(_refuse_backends, with_kwargs=True)
+
+
+def _refuse_backends(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises, naming what works, for attention functions and caches that want as many key as value heads."""
+    name = module.config._attn_implementation
+    if name != IMPLEMENTATION:
+        raise ArgumentError(
+            f"attn_implementation: got {str(name)!r}, which wants as many key as value heads, for a layer with "
+            f"{module.num_key_heads} and {module.num_value_heads}. Supported is {IMPLEMENTATION!r}."
+        )
+    refuse_equal_heads(module, args, kwargs)
 
 
 def _pooled(projection: nn.Linear, dim: int, into: int) -> nn.Linear:

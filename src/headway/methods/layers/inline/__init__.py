@@ -6,9 +6,10 @@ Dividing by the row sum gives all queries on one ray the same weights; subtracti
 a positive φ nor a denominator. r is a 3 × 3 depthwise convolution of the values whose kernels each image predicts.
 
 Paper: Bridging the Divide: Reconsidering Softmax and Linear Attention, arXiv 2412.06590. The released code scales the
-products by dim^-½/N where the paper's equation sums them, predicts nine coefficients per channel where the paper writes
-nine, and takes the root of the number of tokens for the grid; here the first two are as in the code, and the grid is
-given. The causal form, masks, packed documents and the state are additions.
+products by dim^-½/N where the paper's equation sums them (`scale` = N), predicts nine coefficients per channel where
+the paper writes nine (`kernel_per="head"`), and takes the root of the number of tokens for the grid. The first two are
+here as in the code by default, and the grid is given. The causal form, masks, packed documents and the state are
+additions.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ CARD = Card(
         "feature": "the map of query and key: identity, relu, leaky_relu, exp or elu_plus_one",
         "residual": "whether a 3 × 3 convolution of the values joins, with kernels that each image predicts",
         "prefix": "class and register tokens in front of the patches, which get no residual",
+        "kernel_per": "whether the kernels of the residual are of each channel or of each head",
         "qk_norm": "whether query and key are normalised per head",
     },
     summary="Linear-cost attention for vision models whose rows tell queries apart, with a local residual.",

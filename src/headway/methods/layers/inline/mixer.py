@@ -28,6 +28,7 @@ class FeatureMixer(Mixer):
     feature: φ, a name of `kernels.feature_rules.FEATURES`. scale: s, head dimension ** -0.5 where None.
     residual: add the local residual; needs `causal=False` and a grid at every call. None: the class's default.
     prefix: class, distillation and register tokens in front of the patches; they get no residual.
+    kernel_per: whether the residual's kernels are of each "channel" (the released code) or "head" (the paper).
     qk_norm: root-mean-square norm of query and key per head, for runs whose queries grow (off in the paper).
     bias: biases on the projections. block: tokens per block of the causal form.
 
@@ -49,6 +50,7 @@ class FeatureMixer(Mixer):
         scale: float | None = None,
         residual: bool | None = None,
         prefix: int = 0,
+        kernel_per: str = "channel",
         qk_norm: bool = False,
         bias: bool = True,
         block: int = BLOCK,
@@ -64,7 +66,9 @@ class FeatureMixer(Mixer):
         wanted = self.default_residual if residual is None else residual
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=bias) for _ in range(4))
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
-        self.residual = LocalResidual(width, heads=heads, prefix=prefix) if wanted and not causal else None
+        self.residual: LocalResidual | None = None
+        if wanted and not causal:
+            self.residual = LocalResidual(width, heads=heads, prefix=prefix, kernel_per=kernel_per)
         self.attend = Attend(layer=layer, scale=self.rule.scale_for(self.head_dim), causal=causal, weighing=self.rule)
 
     @classmethod

@@ -2,8 +2,9 @@
 
     K = grouped( gelu( grouped( mean_i x_i ) ) ) ,   r_c(y, z) = Σ_{dy,dz ∈ {−1,0,1}} K_c(dy, dz) · v_c(y + dy, z + dz)
 
-Outside the grid stands zero. The paper speaks of nine coefficients r_1 … r_9; the released code predicts nine per
-channel, which is what stands here. A head's kernels depend on the channels of that head alone.
+Outside the grid stands zero. The released code predicts nine coefficients per channel, which is the default; the paper
+writes nine, r_1 … r_9, which all channels of a head share with `kernel_per="head"`. A head's kernels depend on the
+channels of that head alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, unknown
 
 
 def local_residual(
@@ -69,17 +70,20 @@ def check_grid(grid: tuple[int, int] | None, tokens: int, prefix: int) -> tuple[
 class LocalResidual(nn.Module):
     """The residual with its predictor: two grouped layers with as many groups as heads, initialised as torch does.
 
-    `prefix` tokens in front of the grid help to predict the kernels and get no residual."""
+    `prefix` tokens in front of the grid help to predict the kernels and get no residual. `kernel_per` is "channel" or
+    "head"."""
 
-    def __init__(self, width: int, *, heads: int, prefix: int = 0) -> None:
+    def __init__(self, width: int, *, heads: int, prefix: int = 0, kernel_per: str = "channel") -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ArgumentError(f"width, heads: got {width} and {heads}, expected the first to be a multiple.")
         if prefix < 0:
             raise ArgumentError(f"prefix: got {prefix}, expected the number of tokens in front of the grid.")
-        self.prefix = prefix
+        if kernel_per not in ("channel", "head"):
+            raise unknown("kernel_per", kernel_per, ("channel", "head"))
+        self.prefix, self.shared_by = prefix, 1 if kernel_per == "channel" else width // heads
         self.first = nn.Conv1d(width, width, 1, groups=heads)
-        self.second = nn.Conv1d(width, 9 * width, 1, groups=heads)
+        self.second = nn.Conv1d(width, 9 * width // self.shared_by, 1, groups=heads)
 
     def kernels(
         self, x: Float[Tensor, "batch tokens width"], mask: Bool[Tensor, "batch tokens"] | None = None
@@ -90,7 +94,7 @@ class LocalResidual(nn.Module):
         else:
             mean = torch.where(mask[:, :, None], x, 0).sum(1) / mask.sum(1).clamp(min=1)[:, None]
         hidden = functional.gelu(self.first(mean.to(x.dtype)[:, :, None]))
-        return self.second(hidden).view(x.shape[0], x.shape[2], 3, 3)
+        return self.second(hidden).view(x.shape[0], -1, 3, 3).repeat_interleave(self.shared_by, 1)
 
     def forward(
         self,

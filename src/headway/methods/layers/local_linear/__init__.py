@@ -7,10 +7,10 @@ them, with ridge λ and bandwidth 1/s. It keeps all keys and values and costs mo
 values change with keys, and exact where they are linear in them. Rows of P sum to one and may hold negative weights.
 
 Paper: Local Linear Attention, arXiv 2510.01450. The released code's backward pass leaves out how the ridge λ Σ w
-depends on Σ w; here the gradient is whole, and `detach_ridge_weight=True` gives theirs. The paper writes the ridge as λ,
-its code as λ Σ w; the latter, which does not depend on the number of keys, is meant here. Their defaults of λ are 10 in
-the functions and 0.1 in the examples: 0.1, for keys of length one. `variant="parallax"` has a learned probe instead of
-the solve (arXiv 2605.29157). Kernels: `headway.kernels.local_linear`.
+depends on Σ w; here the gradient is whole, and `detach_ridge_weight=True` gives theirs. The paper writes the ridge as
+λ, its code as λ Σ w; the latter, which does not depend on the number of keys, is meant here. Their defaults of λ are 10
+in the functions and 0.1 in the examples: 0.1, for keys of length one. `variant="parallax"` has a learned probe instead
+of the solve (arXiv 2605.29157). Kernels: `headway.kernels.local_linear`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CARD = Card(
         "solver": "conjugate gradients, or the covariance formed and factored",
         "tolerance": "relative residual at which a row's solve stops",
     },
-    summary="Attention as a local affine fit at every query: exact for values that are linear in keys, local for others.",
+    summary="Attention as a local affine fit at every query: exact where values are linear in keys, local elsewhere.",
 )
 
 __all__ = [

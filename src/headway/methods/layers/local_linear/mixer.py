@@ -1,9 +1,11 @@
-"""The mixer `local_linear`: projections around local linear attention, with a ridge that each head learns.
+"""The mixer `local_linear`: local linear attention between projections; each head learns its ridge and its bandwidth.
 
-    q, k, v = x W_q, x W_k, x W_v ,   λ_h = unit · (softplus(θ_h) + 10⁻⁴) ,   y = LLA(q, k, v; λ) W_o
+    q, k, v = x W_q, x W_k, x W_v ,   λ_h = unit · (softplus(θ_h) + 10⁻⁴) ,   s_h = s exp(γ_h) ,
+    y = LLA(q, k, v; λ, s) W_o
 
-Queries and keys are brought to one length first, or one ridge would mean something else in every head. With rotary
-positions "linear in k" refers to the rotated keys. The state is the stored keys and values.
+Queries and keys are brought to one length first, or one ridge would mean something else in every head. The bandwidth is
+learned apart, as a longer query would also be one elsewhere among the keys. With rotary positions "linear in k" refers
+to the rotated keys. The state is the stored keys and values.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class LocalLinearMixer(Mixer):
     """Multi-head local linear attention.
 
     kv_heads, head_dim: as in softmax attention. ridge: λ at the start, for keys of length one (times head_dim with
-    other norms); learn_ridge: whether heads learn theirs. scale: √head_dim for qk_norm "l2", 1/√head_dim otherwise.
+    other norms). scale, the inverse bandwidth at the start: √head_dim for qk_norm "l2", 1/√head_dim otherwise.
+    learn_ridge, learn_scale: whether heads learn theirs.
     position: "rope" or "none". variant: "solve", or "parallax" with a learned probe that starts at zero, at softmax.
     solver, tolerance, max_iterations, jacobi, detach_ridge_weight, strict: see `local_linear_attention`."""
 
@@ -57,6 +60,7 @@ class LocalLinearMixer(Mixer):
         ridge: float = RIDGE,
         learn_ridge: bool = True,
         scale: float | None = None,
+        learn_scale: bool = True,
         qk_norm: str = "l2",
         position: str = "rope",
         rope_base: float = 10_000.0,
@@ -114,6 +118,7 @@ class LocalLinearMixer(Mixer):
             wanted = ridge - LEAST_RIDGE
             start = torch.full((heads,), wanted + math.log(-math.expm1(-wanted)))
             self.raw_ridge = nn.Parameter(start, requires_grad=learn_ridge)
+        self.log_gain = nn.Parameter(torch.zeros(heads), requires_grad=learn_scale)
         self.attend = Attend(layer=layer, scale=self.scale, causal=causal)
 
     @property
@@ -186,12 +191,14 @@ class LocalLinearMixer(Mixer):
         mode: str,
     ) -> Tensor:
         """The heads' outputs. `visible` says everything, `hidden` only what the causal order does not."""
-        shared: dict[str, Any] = {"scale": self.scale, "causal": self.causal, "visible": hidden, "mode": mode}
+        gain = self.log_gain.exp()[:, None]
+        loud = query * gain[..., None].to(query.dtype)
+        shared: dict[str, Any] = {"scale": self.scale * gain, "causal": self.causal, "visible": hidden, "mode": mode}
         if self.variant == "parallax":
             slope = -self._turned(_by_head(self.probe(x), self.head_dim), positions)
             weighing: Any = SlopedWeighing(slope, key.shape[2] - query.shape[2])
             return self.attend(
-                query,
+                loud,
                 key,
                 value,
                 visible=visible,
@@ -200,11 +207,11 @@ class LocalLinearMixer(Mixer):
             )
         ridge = self.ridge
         return self.attend(
-            query,
+            loud,
             key,
             value,
             visible=visible,
-            weighing=LocalLinearWeighing(ridge[None]),
+            weighing=LocalLinearWeighing(ridge[None], gain[None]),
             native=lambda: local_linear_attention(query, key, value, ridge=ridge, **shared, **self.options),
         )
 

@@ -13,9 +13,11 @@ from headway.kernels.local_linear import local_linear_weights, sloped_weights
 
 @dataclass(frozen=True, eq=False)
 class LocalLinearWeighing:
-    """P of the rows. `ridge` broadcasts to (batch, heads, rows)."""
+    """P of the rows. `ridge` and `gain` broadcast to (batch, heads, rows); the queries of the call are those of the fit
+    times `gain`, so that one scale of the call stands for one per head."""
 
     ridge: Float[Tensor, "#batch #heads 1"]
+    gain: Float[Tensor, "#batch #heads 1"]
     name: str = "local linear"
     whole: bool = True
 
@@ -30,7 +32,8 @@ class LocalLinearWeighing:
     ) -> Float[Tensor, "batch heads rows keys"]:
         softmax = _softmax(logits, visible)
         kind = softmax.dtype
-        return local_linear_weights(softmax, query.to(kind), _cleaned(key, visible).to(kind), self.ridge.to(kind))
+        query = query.to(kind) / self.gain.to(kind)[..., None]
+        return local_linear_weights(softmax, query, _cleaned(key, visible).to(kind), self.ridge.to(kind))
 
 
 @dataclass(frozen=True, eq=False)

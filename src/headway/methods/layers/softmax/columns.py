@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.door.mixer import State, segment_ids
+from headway.errors import ArgumentError
 
 
 def orders(real: Tensor | None, keys: int, device: torch.device) -> Int[Tensor, "#batch keys"]:
@@ -63,3 +64,29 @@ def trimmed(state: State, keep: int) -> State:
         return state
     tensors = {n: t[:, :, cut:] if n in ("key", "value") else t[:, cut:] for n, t in state.tensors.items()}
     return State({name: t.contiguous() for name, t in tensors.items()}, state.seen)
+
+
+def with_prefix(
+    seen: Bool[Tensor, "#batch 1 tokens keys"],
+    prefix: int,
+    positions: Int[Tensor, "batch tokens"],
+    mask: Tensor | None,
+    resets: Tensor | None,
+    state: State | None,
+) -> Bool[Tensor, "#batch 1 tokens keys"]:
+    """What is seen once the first `prefix` tokens of each document see each other. Raises ArgumentError for a call that
+    goes on inside a prefix."""
+    if state is not None and bool(((state.seen > 0) & (state.seen < prefix) & (positions[:, 0] > 0)).any()):
+        raise ArgumentError(
+            f"x: got a text cut inside its prefix of {prefix} tokens, expected these in one call: they see each other. "
+            "Pass at least the prefix at once."
+        )
+    inside = positions < prefix
+    if mask is not None:
+        inside = inside & mask
+    both = inside[:, :, None] & inside[:, None, :]
+    if resets is not None:
+        document = segment_ids(resets, mask)
+        both = both & (document[:, :, None] == document[:, None, :])
+    earlier = both.new_zeros(*both.shape[:2], seen.shape[-1] - both.shape[2])
+    return seen | torch.cat([earlier, both], -1)[:, None]

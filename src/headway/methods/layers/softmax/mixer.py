@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from headway.door.adapter import DoorName
 from headway.door.key_value_state import append, crop_keys, empty_keys
-from headway.door.mixer import Mixer, State, check_inputs, document_positions, register_mixer, segment_ids, steps
+from headway.door.mixer import Mixer, State, check_inputs, document_positions, register_mixer, steps
 from headway.door.own import Attend
 from headway.errors import ArgumentError, unknown
 from headway.kernels.normalizers import Operation, explicit_attention, make_gate, make_normalizer
 from headway.kernels.norms import RMSNorm
 from headway.kernels.position_bias import BUCKETS, alibi_bias, relative_buckets, sinusoids
 from headway.kernels.rope import rope_frequencies, rotate
-from headway.methods.layers.softmax.columns import both_ways, orders, running_mean, trimmed
+from headway.methods.layers.softmax.columns import both_ways, orders, running_mean, trimmed, with_prefix
 
 log = logging.getLogger(__name__)
 
@@ -316,7 +316,8 @@ class SoftmaxAttention(Mixer):
         state: State | None,
     ) -> Operation:
         """The operation with the window, the prefix and the bias of distances."""
-        tokens, changes = call.query.shape[2], dict[str, Any]()
+        tokens = call.query.shape[2]
+        changes: dict[str, Any] = {}
         window = None if self.window is None or self.window >= call.key.shape[2] else self.window
         plain = call.causal and call.visible is None and self.position not in ("alibi", "relative")
         if window is not None and plain and not self.prefix:
@@ -328,7 +329,7 @@ class SoftmaxAttention(Mixer):
         if window is not None:
             seen = seen & (distance.abs() < window)[:, None]
         if self.prefix:
-            seen = self._with_prefix(seen, positions, mask, resets, state)
+            seen = with_prefix(seen, self.prefix, positions, mask, resets, state)
         if window is not None or self.prefix:
             changes |= {"visible": seen, "causal": False}
         if self.position == "alibi":
@@ -337,25 +338,6 @@ class SoftmaxAttention(Mixer):
             buckets = relative_buckets(distance, causal=self.causal)
             changes["bias"] = self.table(buckets).permute(0, 3, 1, 2)
         return replace(call, **changes)
-
-    def _with_prefix(
-        self, seen: Tensor, positions: Tensor, mask: Tensor | None, resets: Tensor | None, state: State | None
-    ) -> Bool[Tensor, "#batch 1 tokens keys"]:
-        if state is not None and bool(((state.seen > 0) & (state.seen < self.prefix) & (positions[:, 0] > 0)).any()):
-            raise ArgumentError(
-                f"x: got a text cut inside its prefix of {self.prefix} tokens, expected these in one call: they see "
-                "each other. Pass at least the prefix at once."
-            )
-        tokens = positions.shape[1]
-        inside = positions < self.prefix
-        if mask is not None:
-            inside = inside & mask
-        both = inside[:, :, None] & inside[:, None, :]
-        if resets is not None:
-            document = segment_ids(resets, mask)
-            both = both & (document[:, :, None] == document[:, None, :])
-        earlier = torch.zeros(*both.shape[:2], seen.shape[-1] - tokens, dtype=torch.bool, device=seen.device)
-        return seen | torch.cat([earlier, both], -1)[:, None]
 
 
 def _gates(

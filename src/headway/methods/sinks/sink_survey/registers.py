@@ -27,12 +27,8 @@ Neuron = tuple[int, int]
 def down_projections(model: nn.Module) -> list[nn.Module]:
     """The module that leads back from the widened MLP to the stream, block by block: the last linear map of a block
     with more inputs than outputs. Raises HostError where a block has none."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    if not stacks:
-        raise HostError(f"{type(model).__name__}: got a model without a list of blocks, expected a transformer.")
-    blocks = max(stacks, key=lambda stack: (len(stack), sum(p.numel() for p in stack.parameters())))
     found = []
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(block_list(model)):
         narrowing = [m for m in block.modules() if _inputs(m) > _outputs(m)]
         if not narrowing:
             raise HostError(
@@ -40,6 +36,14 @@ def down_projections(model: nn.Module) -> list[nn.Module]:
             )
         found.append(narrowing[-1])
     return found
+
+
+def block_list(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a transformer: the longest list of modules in it."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    if not stacks:
+        raise HostError(f"{type(model).__name__}: got a model without a list of blocks, expected a transformer.")
+    return max(stacks, key=lambda stack: (len(stack), sum(p.numel() for p in stack.parameters())))
 
 
 def _inputs(module: nn.Module) -> int:
@@ -72,7 +76,7 @@ def find_register_neurons(
             raise ArgumentError(f"tokens: got {list(tokens)}, expected columns 0..{x.shape[1] - 1}, at least one.")
         inside = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
         inside[list(tokens)] = True
-        weight: Tensor = module.weight.detach().float()  # type: ignore[operator,assignment]
+        weight: Tensor = module.weight.detach().float()  # type: ignore[operator]
         written = weight.norm(dim=1 if type(module).__name__ == "Conv1D" else 0)
         scores.append((x[:, inside].mean((0, 1)) - x[:, ~inside].mean((0, 1))) * written)
 

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headway.errors import ArgumentError, HostError, unknown
+from headway.errors import ArgumentError, unknown
 from headway.methods.sinks.sink_survey.broadcast import sink_density
 from headway.methods.sinks.sink_survey.interpretation.finding import Finding, judged
 from headway.methods.sinks.sink_survey.metrics import MASSIVE_MAGNITUDE, MASSIVE_RATIO
-from headway.methods.sinks.sink_survey.registers import down_projections
+from headway.methods.sinks.sink_survey.registers import block_list, down_projections
 
 #: Share of its attention that a sink must lose for the coordinates to be its cause. Ours.
 CAUSED = 0.5
@@ -69,19 +69,18 @@ def trace_circuit(
     hooks = [m.register_forward_pre_hook(read_down) for m in down_projections(model)]
     hooks += [m.register_forward_hook(read_output) for m in blocks_of(model)]
     try:
-        density = sink_density(model, {"input_ids": ids, "use_cache": False}, sinks=columns)
+        model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    # The scope's self-test runs the model as well: the last entries are those of the text.
-    count = len(blocks_of(model))
-    top, median = torch.tensor(output[-count:]).unbind(1)
+    density = sink_density(model, {"input_ids": ids, "use_cache": False}, sinks=columns)
+    top, median = torch.tensor(output).unbind(1)
     massive = (top > magnitude) & (top >= ratio * median)
     emergence = int(massive.long().argmax()) if bool(massive.any()) else None
-    later = [] if emergence is None else [b for b in range(emergence, count) if not bool(massive[b])]
+    later = [] if emergence is None else [b for b in range(emergence, len(top)) if not bool(massive[b])]
     received = torch.stack([density[layer].mean() for layer in sorted(density)])
     return CircuitTrace(
-        down_input=torch.tensor(down[-count:]),
+        down_input=torch.tensor(down),
         output=top,
         median=median,
         received=received,
@@ -164,10 +163,7 @@ def without_coordinates(
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer: the longest list of modules in it."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    if not stacks:
-        raise HostError(f"{type(model).__name__}: got a model without a list of blocks, expected a transformer.")
-    return list(max(stacks, key=lambda stack: (len(stack), sum(p.numel() for p in stack.parameters()))))
+    return list(block_list(model))
 
 
 def _mean_between(density: dict[int, Tensor], start: int, stop: int) -> float:
