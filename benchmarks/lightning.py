@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import compare, write_facts
 from headway.kernels.scan import causal_scan
+from headway.kernels.scan_blocks import scan_blocks
 from headway.kernels.slopes import head_slopes
 from headway.methods.layers.lightning import tnl_fields
 from headway.models import HeadwayConfig, HeadwayForCausalLM
@@ -106,6 +107,24 @@ def lightning_linear() -> None:
     for tokens, speed in zip(LENGTHS, speeds, strict=True):
         print(f"{tokens:>7,} tokens: {speed:>12,.0f} tokens/s")
     print(f"highest / lowest {max(speeds) / min(speeds):.3f}, slope of log time per token {slope:+.3f}")
+
+
+def lightning_tiles() -> None:
+    """Seconds at 16,384 tokens by the tokens of a tile and of a block: what `scan_blocks.WORK` and `BLOCK` rest on."""
+    q, k, v = _inputs(LONG)
+    slopes, state = head_slopes(HEADS), torch.zeros(1, HEADS, DIM, DIM)
+    sizes = [(block, tile) for block in (32, 64, 128) for tile in (512, 1024, 2048, 4096)]
+    with torch.no_grad():
+        times = _in_turn([partial(scan_blocks, q, k, v, slopes, state, block=b, tile=t) for b, t in sizes])
+    write_facts(
+        "lightning_tiles",
+        {
+            "settings": {"heads": HEADS, "dim": DIM, "tokens": LONG, "dtype": "float32"},
+            "seconds": [{"block": b, "tile": t, "seconds": s} for (b, t), s in zip(sizes, times, strict=True)],
+        },
+    )
+    for (block, tile), seconds in zip(sizes, times, strict=True):
+        print(f"blocks of {block:>3}, tiles of {tile:>4}: {1000 * seconds:.1f} ms")
 
 
 def lightning_decode() -> None:

@@ -327,8 +327,9 @@ def train_lm(
         norm=norm,
     )  # fmt: skip
     course = Course(
-        steps=steps, batch=batch, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
-        schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed, validate_every=validate_every,
+        steps=steps, batch=batch, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay,
+        warmup=warmup, schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed,
+        validate_every=validate_every,
         checkpoint_every=checkpoint_every, keep=keep, compile=compile, resume=resume, out=out, as_json=json,
     )  # fmt: skip
     run(shape, course, data=data, tokenizer=tokenizer, tokens=tokens)
@@ -382,8 +383,9 @@ def train_vit(
         norm=norm,
     )  # fmt: skip
     course = Course(
-        steps=steps, batch=batch, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup,
-        schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed, validate_every=validate_every,
+        steps=steps, batch=batch, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay,
+        warmup=warmup, schedule=schedule, clip=clip, accumulate=accumulate, dtype=dtype, seed=seed,
+        validate_every=validate_every,
         checkpoint_every=checkpoint_every, keep=keep, compile=compile, resume=resume, out=out, as_json=json,
     )  # fmt: skip
     run(shape, course, data=data, patch=patch, shift=shift, held_out=held_out)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headway.evidence import prove
+from headway.evidence.recipes import _local_linear_solver as solver
 from headway.evidence.recipes import _local_linear_trained as toys
 from headway.evidence.recipes import local_linear_attention as recipe
 from headway.evidence.recipes.local_linear_attention import CRITERIA
@@ -46,7 +47,7 @@ def test_memory_is_linear_against_quadratic(smoke):
 
 
 def test_the_peak_counts_what_is_alive_at_one_time():
-    with recipe._Peak() as peak:
+    with solver._Peak() as peak:
         first = torch.zeros(1000)
         del first
         second = torch.zeros(1500)
@@ -56,7 +57,7 @@ def test_the_peak_counts_what_is_alive_at_one_time():
 
 
 def test_conditioning_covers_every_case(smoke):
-    assert len(claim(smoke, "conditioning").details["error by case"]) == len(recipe.CONDITIONS)
+    assert len(claim(smoke, "conditioning").details["error by case"]) == len(solver.CONDITIONS)
 
 
 def test_the_same_estimator_on_both_sides_is_no_win(smoke, monkeypatch, tmp_path):

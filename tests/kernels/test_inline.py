@@ -330,6 +330,18 @@ def test_half_precision_sums_in_float32(dtype, causal):
     torch.testing.assert_close(low.double(), exact, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("mode", ["block", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_autocast_does_not_narrow_the_sums(causal, mode):
+    query, key, value = (x.float() for x in draw())
+    plain = inline_attention(query, key, value, causal=causal, mode=mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = inline_attention(query, key, value, causal=causal, mode=mode)
+        weights = feature_weights(query, key)
+    assert torch.equal(plain, cast)
+    assert torch.equal(weights, feature_weights(query, key))
+
+
 def test_a_rule_is_a_weighing():
     query, key, _ = draw()
     for rule in RULES:

@@ -149,6 +149,79 @@ def test_the_door_stands_open_to_converted_models():
     assert [row["paths"] for row in handle.report()] == [{"edited": 1}] * len(handle.report())
 
 
+class TestMerging:
+    @pytest.mark.parametrize("family", ["llama", "qwen2"])
+    def test_keys_that_are_turns_of_one_another_merge_without_loss(self, family):
+        """Planted: every key head is one shared head whose rotated pairs are turned and stretched, biases as well."""
+        model, inputs = host(family)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for module in attention_modules(model):
+                for held in (module.k_proj.weight, module.k_proj.bias):
+                    if held is not None:
+                        held.copy_(_turned(held, module.head_dim, generator.manual_seed(5)))
+            truth = model(**inputs).logits
+            merged = convert(model, key_heads=1, calibration=inputs["input_ids"])(**inputs).logits
+            pooled = convert(model, key_heads=1)(**inputs).logits
+        torch.testing.assert_close(merged, truth, atol=2e-3, rtol=2e-3)
+        assert float((pooled - truth).norm()) > 20 * float((merged - truth).norm())
+
+    @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+    def test_values_that_are_mixtures_of_one_head_merge_without_loss(self, family):
+        model, inputs = host(family)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for module in attention_modules(model):
+                dim = module.head_dim
+                mixing = torch.randn(4, dim, dim, generator=generator) / dim**0.5
+                for held in (module.v_proj.weight, module.v_proj.bias):
+                    if held is not None:
+                        held.copy_((mixing @ held[:dim].reshape(dim, -1)).flatten(0, 1).reshape(held.shape))
+            truth = model(**inputs).logits
+            merged = convert(model, value_heads=1, calibration=inputs["input_ids"])(**inputs).logits
+            pooled = convert(model, value_heads=1)(**inputs).logits
+        torch.testing.assert_close(merged, truth, atol=2e-3, rtol=2e-3)
+        assert float((pooled - truth).norm()) > 20 * float((merged - truth).norm())
+
+    def test_it_is_closer_than_a_mean_where_nothing_was_planted(self):
+        model, inputs = host(num_attention_heads=8, num_key_value_heads=4)
+        with torch.no_grad():
+            truth = model(**inputs).logits
+            for kind in ({"key_heads": 2}, {"value_heads": 2}):
+                merged = convert(model, **kind, calibration=inputs["input_ids"])(**inputs).logits
+                assert float((merged - truth).norm()) < float((convert(model, **kind)(**inputs).logits - truth).norm())
+
+    def test_merged_models_are_saved_and_the_original_stays(self, tmp_path):
+        model, inputs = host()
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        merged = convert(model, key_heads=1, value_heads=2, calibration=inputs["input_ids"])
+        merged.save_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(load_converted(tmp_path)(**inputs).logits, merged(**inputs).logits)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+    def test_hosts_whose_queries_cannot_be_turned(self):
+        model, inputs = host("qwen3")
+        with pytest.raises(HostError, match="norms on its queries or keys"):
+            convert(model, key_heads=1, calibration=inputs["input_ids"])
+        model, inputs = host("glm")
+        with pytest.raises(HostError, match="expected whole heads in halves"):
+            convert(model, key_heads=1, calibration=inputs["input_ids"])
+
+    def test_a_calibration_that_is_no_text(self):
+        with pytest.raises(ArgumentError, match=r"calibration: got torch\.float32 of shape \(2, 3\)"):
+            convert(host()[0], key_heads=1, calibration=torch.zeros(2, 3))
+
+
+def _turned(held, dim, generator):
+    """The first head of a weight or bias, and turns of it as the others."""
+    first = held[:dim].reshape(dim, -1)
+    pairs = torch.complex(first[: dim // 2], first[dim // 2 :])
+    factors = torch.randn(4, dim // 2, 1, dtype=pairs.dtype, generator=generator)
+    turned = factors * pairs
+    return torch.cat([turned.real, turned.imag], 1).reshape(held.shape)
+
+
 class TestStaticCache:
     def test_one_for_unequal_heads_decodes_as_the_dynamic_one(self):
         model, inputs = host()

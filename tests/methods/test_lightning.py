@@ -213,6 +213,15 @@ class TestDoor:
                 assert not bool(weights[0, :, :, 6].any() or weights[0, :, 6].any())
         assert bool((calls[0][0] < 0).any())
 
+    @torch.no_grad()
+    def test_tokens_behind_a_filled_state_are_not_weighed_and_that_is_said(self):
+        host, seen = model(), Seen()
+        ids = torch.arange(8)[None]
+        cache = host(input_ids=ids, use_cache=True).past_key_values
+        with headway.observe(host, seen), pytest.warns(UserWarning, match="filled state"):
+            host(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        assert not seen.result()
+
 
 class TestModel:
     def test_tnl_is_what_the_released_model_is_made_of(self):

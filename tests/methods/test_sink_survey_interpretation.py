@@ -278,7 +278,8 @@ class TestOthers:
         ids = torch.randint(8, 20, (3, 10), generator=generator(1))
         found = over_mixing(Mean(0.9), ids, sink=7)
         assert found.verdict == YES
-        assert found.value < 0.5
+        assert found.value < 0.1
+        # One more token thins the mixing out a little, sink or not.
         assert over_mixing(Mean(0.0), ids, sink=7).verdict == NO
         ids[:, 0] = 7
         assert over_mixing(Mean(0.9), ids).verdict == YES

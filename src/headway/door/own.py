@@ -41,9 +41,9 @@ class _Registry:
 
     def get_interface(self, name: str, default: Any = None) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if isinstance(name, DoorName):
-            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as hosts
+            from transformers import modeling_utils
 
-            return hosts[PREFIX + str.__str__(name)]
+            return modeling_utils.ALL_ATTENTION_FUNCTIONS[PREFIX + str.__str__(name)]
         return own_attention
 
 
@@ -67,8 +67,8 @@ def own_attention(
 class Attend(nn.Module):
     """The place of one attention operation in a module of ours.
 
-    `weighing` is None for the softmax. `causal` is said of square calls without `visible`, whose rows see the keys up to
-    their own; a single row without `visible` sees everything."""
+    `weighing` is None for the softmax. `causal` is said of square calls without `visible`, whose rows see the keys up
+    to their own; a single row without `visible` sees everything."""
 
     is_causal = False
 
@@ -78,6 +78,11 @@ class Attend(nn.Module):
         super().__init__()
         self.layer_idx, self.scaling, self.causal, self.weighing = layer, scale, causal, weighing
         self.config = _Config()
+
+    @property
+    def watched(self) -> bool:
+        """Whether a scope is open, so that calls meet its stages."""
+        return isinstance(self.config._attn_implementation, DoorName)
 
     def forward(
         self,

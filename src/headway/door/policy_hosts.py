@@ -27,8 +27,8 @@ def require_plain_decoder(model: nn.Module) -> None:
     config, name = text_config(model), type(model).__name__
     if any(isinstance(module, Mixer) for module in model.modules()):
         raise HostError(
-            f"{name}: got a model of mixers, which keep states of their own; expected a host whose cache holds keys and "
-            "values. The mixer softmax has an option `window`."
+            f"{name}: got a model of mixers, which keep states of their own; expected a host whose cache holds keys "
+            "and values. The mixer softmax has an option `window`."
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise HostError(f"{name}: got an encoder-decoder, expected a decoder: it keeps a second cache, of its encoder.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headway.door import adapter
 from headway.door.call import AttentionCall
+from headway.door.evaluating import evaluating
 from headway.door.structure import bypasses, why_not
 from headway.errors import InterceptionError
 
@@ -77,11 +78,9 @@ def run_selftest(door: Door, model: nn.Module, example: dict[str, Any] | None, *
     from headway.door.example import example_inputs
 
     inputs = example_inputs(model) if example is None else dict(example)
-    training = model.training
-    model.eval()
     probe = Probe() if probe is None else probe
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             with door.probing(probe), bypasses(model) as missed:
                 before = first_tensor(model(**inputs))
             if not probe.calls:
@@ -110,8 +109,6 @@ def run_selftest(door: Door, model: nn.Module, example: dict[str, Any] | None, *
             f"example={{…}} "
             "with keyword arguments that the model accepts."
         ) from error
-    finally:
-        model.train(training)
     if before is not None and after is not None and torch.equal(before, after):
         raise InterceptionError(
             f"model: the output of {type(model).__name__} does not change when every head is silenced, expected it to "

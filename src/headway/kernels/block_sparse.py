@@ -7,7 +7,8 @@ query blocks that read equally many key blocks are grouped, their keys and value
 buffer that stays in cache, and the platform's fused kernel runs on the group. Where the causal diagonal is all that
 needs a mask, it stands last in every group, which then shares one small mask; where much is selected, it runs apart as
 one causal batch, since a mask costs the kernel time at every key. Otherwise pairs of blocks that are visible as a whole
-run without a mask, the others (window edges, ragged ends, padding) apart. Parts meet by their log-sum-exp. Keys and values of grouped heads are not repeated. `flex` builds a FlexAttention mask for CUDA.
+run without a mask, the others (window edges, ragged ends, padding) apart. Parts meet by their log-sum-exp. Keys and
+values of grouped heads are not repeated. `flex` builds a FlexAttention mask for CUDA.
 
 Queries and keys are cut into blocks of `query_block` and `key_block` tokens from their first token; the last block of
 either may be ragged. Query row i stands at key position i + offset.
@@ -272,8 +273,8 @@ def _is_plain_diagonal(work: _Work, partial: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Step:
-    """Some items: their numbers (rows · groups), the key blocks that each row of them reads (rows, chosen), the head and
-    the query block of each row, and how many query heads share a row."""
+    """Some items: their numbers (rows · groups), the key blocks that each row of them reads (rows, chosen), the head
+    and the query block of each row, and how many query heads share a row."""
 
     items: Tensor
     blocks: Tensor

@@ -91,9 +91,10 @@ class Rule:
     def products(
         self, query: Float[Tensor, "batch heads queries dim"], key: Float[Tensor, "batch kv_heads keys dim"]
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """a_ij, in at least float32."""
+        """a_ij, in at least float32, under autocast too."""
         features = feature_map(query, self.feature), feature_map(key, self.feature)
-        return grouped_scores(*features) * self.scale_for(query.shape[3])
+        with wide_sums(query):
+            return grouped_scores(*features) * self.scale_for(query.shape[3])
 
     def __call__(
         self,
@@ -113,12 +114,8 @@ class Rule:
     ) -> Float[Tensor, "batch heads rows keys"]:
         """w_ij from a_ij; zero where not visible, and in rows that see nothing."""
         products = torch.where(visible, products, 0)
-        count = visible.sum(-1, keepdim=True).to(products.dtype)
-        return self.from_totals(products, visible, products.sum(-1, keepdim=True), count)
-
-    def from_totals(self, products: Tensor, visible: Tensor, total: Tensor, count: Tensor) -> Tensor:
-        """w_ij of the keys at hand where a row sees `count` keys with products of sum `total`."""
-        count = count.clamp(min=1)
+        count = visible.sum(-1, keepdim=True).clamp(min=1).to(products.dtype)
+        total = products.sum(-1, keepdim=True)
         if self.normaliser == "subtractive":
             weights = (products - total / count + 1) / count
         else:
@@ -147,6 +144,11 @@ def feature_weights(
     if visible is None:
         visible = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     return rule.weights_of(rule.products(query, key), visible.expand(-1, -1, query.shape[2], -1))
+
+
+def wide_sums(x: Tensor) -> torch.autocast:
+    """A scope without autocast, which would take products of wide tensors in half precision."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _reach(
     weights: Float[Tensor, "... rows"],
     group: Int[Tensor, "... rows"],
     level: float,
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, ...]:
     """Half the width of the t interval when the spread is taken within the given groups."""
     from scipy.stats import t
 

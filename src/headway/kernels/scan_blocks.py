@@ -100,7 +100,7 @@ class _Plan:
         clock: Clock | None,
     ) -> None:
         self.rows, self.tiles, self.powers, self.scale, self.clock = rows, tiles, powers, scale, clock
-        self._even: dict[tuple[int, ...], _Factors] = {}
+        self._even: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._uneven: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     @classmethod
@@ -124,8 +124,9 @@ class _Plan:
             tiles.append(_Tile(len(tiles), tokens - tokens % block, 1, tokens % block))
         together = max(tile // max(tokens, 1), 1) if query.device.type == "cpu" else batch * heads
         distance = torch.arange(most * block + 2, device=query.device, dtype=torch.float64)
-        powers = torch.exp(-slopes.double())[:, None] ** distance
-        powers[:, -1] = 0
+        powers = torch.exp(-slopes.double()[:, None] * distance)
+        # λ^0 is 1 for an infinite slope too; the last entry is the zero of what is hidden.
+        powers[:, 0], powers[:, -1] = 1, 0
         clock = None
         if mask is not None or resets is not None:
             real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device) if mask is None else mask
@@ -137,20 +138,21 @@ class _Plan:
         """The factors of a tile; without padding and documents, those of all tiles of a shape are the same."""
         counts = (rows[0].stop - rows[0].start, rows[1].stop - rows[1].start, tile.blocks)
         if self.clock is not None:
-            return self._look_up(rows[1], counts, self._uneven_distances(self.clock, rows[0], tile))
-        shape = (rows[1].start, tile.length, *counts)
-        if shape not in self._even:
-            self._even[shape] = self._look_up(rows[1], counts, self._even_distances(tile))
-        return self._even[shape]
+            found = self._look_up(self.powers[rows[1]], self._uneven_distances(self.clock, rows[0], tile))
+        else:
+            shape = (tile.blocks, tile.length)
+            if shape not in self._even:
+                self._even[shape] = self._look_up(self.powers, self._even_distances(tile))
+            found = tuple(x[:, rows[1]] for x in self._even[shape])
+        across, lead, rest, chain = found
+        return _Factors(counts, across, lead, rest, chain.expand(counts[0], -1, -1, -1).flatten(0, 1))
 
-    def _look_up(self, heads: slice, counts: tuple[int, int, int], distances: tuple[Tensor, ...]) -> _Factors:
+    def _look_up(self, powers: Tensor, distances: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Powers by their exponents; the last entry of the table is the zero of what is hidden."""
-        table = self.powers[heads]
         across, lead, rest, chain = (
-            table.index_select(1, d.flatten()).view(-1, *d.shape).transpose(0, 1) for d in distances
+            powers.index_select(1, d.flatten()).view(-1, *d.shape).transpose(0, 1) for d in distances
         )
-        chain = chain.expand(counts[0], -1, -1, -1).flatten(0, 1)
-        return _Factors(counts, across * self.scale, lead[..., None] * self.scale, rest[..., None], chain)
+        return across * self.scale, lead[..., None] * self.scale, rest[..., None], chain
 
     def _even_distances(self, tile: _Tile) -> tuple[Tensor, ...]:
         """Exponents where every token is real and of one document: the same for every block."""

@@ -36,7 +36,7 @@ class Weighing(Protocol):
         ...
 
 
-def weighed_entropy(weights: Float[Tensor, "... keys"]) -> Float[Tensor, "..."]:
+def weighed_entropy(weights: Float[Tensor, "... keys"]) -> Float[Tensor, ...]:
     """Entropy in nats of the shares |w| / Σ|w|: of the weights themselves where they are a distribution."""
     import torch
 

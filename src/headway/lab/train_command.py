@@ -238,8 +238,8 @@ def _prepare(course: Course) -> None:
         raise unknown("--optimizer", course.optimizer, OPTIMIZERS)
     if course.learning_rate <= 0 or course.weight_decay < 0:
         raise ArgumentError(
-            f"--learning-rate, --weight-decay: got {course.learning_rate}, {course.weight_decay}, expected above 0, and "
-            "at least 0."
+            f"--learning-rate, --weight-decay: got {course.learning_rate}, {course.weight_decay}, expected above 0, "
+            "and at least 0."
         )
     if course.out.is_dir() and (course.out / "checkpoints").is_dir() and not course.resume:
         raise ArgumentError(f"--out: {course.out} holds a run already. Go on with it with --resume, or name another.")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError, unknown
 from headway.hosts import Text, default_text, positions_of, tokenize
 from headway.look import summary
@@ -54,15 +55,11 @@ def look(
     wanted = tokens if tokens is not None else min(DEFAULT_TOKENS, positions or DEFAULT_TOKENS)
     ids = tokenize(tokenizer, given, wanted, positions=positions, needed=LEAST_TOKENS, allow_longer=allow_longer)
     _check_places(model, layers, heads)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         reading = read(model, tokenizer, ids, rows=rows, layers=layers, seed=seed, progress=progress)
         metrics = summary.head_metrics(reading)
         chosen = choose_heads(metrics) if heads is None else list(heads)
         read_maps(reading, model, list(chosen), progress)
-    finally:
-        model.train(training)
     return Look(
         model=_model_facts(model, name, reading, positions),
         run=_run_facts(reading, given, seed, layers, time.perf_counter() - start),

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headway.door.call import AttentionCall, Site
+from headway.door.evaluating import evaluating
 from headway.door.stages import Observer
 from headway.errors import ArgumentError, InterceptionError
 from headway.kernels.head_scores import duplicate_score, induction_score, retrieval_score
@@ -213,14 +214,8 @@ def _under_the_door(model: torch.nn.Module, rows: _Rows) -> Iterator[None]:
     """The observer attached, no gradients, no dropout; the training mode comes back."""
     from headway.door import observe
 
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad(), observe(model, rows):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad(), observe(model, rows):
+        yield
 
 
 def _logits(model: torch.nn.Module, ids: Tensor, observer: _Rows, rows: Tensor) -> Float[Tensor, "rows vocabulary"]:

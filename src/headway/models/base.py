@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from headway.models.stack import initialise
 class HeadwayPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -21,7 +21,11 @@ class _Stack(PretrainedConfig):
     `mlp_width` is 8/3 of the width, rounded up to a multiple of 8, for gated MLPs and 4 times the width for others."""
 
     # What transformers calls these fields.
-    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+    }
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
     document in packed rows; `mode` chooses the form of the mixers ("block", "reference", "step")."""
 
     config_class = HeadwayConfig
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: HeadwayConfig) -> None:
         super().__init__(config)

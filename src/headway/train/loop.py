@@ -8,9 +8,6 @@ with a folder keeps a log and checkpoints, and goes on exactly where it was afte
 
 from __future__ import annotations
 
-import json
-import logging
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,29 +18,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from headway.errors import ArgumentError, HeadwayError
-from headway.files import write_atomically
+from headway.errors import ArgumentError
 from headway.train import schedules
-from headway.train.checkpoints import KEEP, checkpoint_steps, load_checkpoint, save_checkpoint
+from headway.train.checkpoints import KEEP
 from headway.train.compiling import Compiled, Compiler
 from headway.train.devices import devices_of
 from headway.train.groups import BETAS, OptimizerFactory, adamw, trained_parameters
 from headway.train.interrupts import Interrupts
-from headway.train.log import Log, read_log
+from headway.train.keeping import Keeper
 from headway.train.losses import LossFunction, model_loss
 from headway.train.progress import Tell, telling
-from headway.train.randomness import own_randomness, random_state, set_random_state
-from headway.train.resuming import parts_of, restore, settings_of, shares_digest
+from headway.train.randomness import own_randomness
+from headway.train.resuming import settings_of
 from headway.train.run import Callback, Row, Run, callback
 from headway.train.stepping import Stepper, check_validation, dtype_of
 from headway.train.streams import Batch, placed
 
-logger = logging.getLogger(__name__)
-
 LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 0.1
-CHECKPOINTS = "checkpoints"
-FACTS = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,67 +150,40 @@ def train(
     run = Run(model=model, optimizer=chosen, steps=steps)
     settings = settings_of(run, accumulate=accumulate, clip=clip, dtype=dtype, seed=seed, processes=devices.world)
     place = None if folder is None else Path(folder)
+    keeper = Keeper(place, run, stream, asked, rates, devices, settings, keep=keep)
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as scopes:
         scopes.enter_context(own_randomness(None if seed is None else seed + devices.rank))
         scopes.callback(_leave, model, chosen, modes)
         interrupts = scopes.enter_context(Interrupts(active=place is not None))
-        log, resumed = None, 0
-        if place is not None:
-            resumed = _take_up(place, run, stream, asked, settings, rates, resume, devices.rank)
-            devices.wait()
-            if devices.rank == 0:
-                log = Log(place, run.rows)
-                scopes.callback(log.close)
+        scopes.callback(keeper.close)
+        resumed = keeper.take_up(resume=resume)
         tell = scopes.enter_context(telling(progress if devices.rank == 0 else False))
         model.train()
         for one in asked:
             one.start(run)
-
-        def keep_all() -> None:
-            random = devices.all(random_state())
-            if place is not None and log is not None:
-                digest = shares_digest(rates, run.step)
-                parts = parts_of(run, stream, asked, settings, shares=digest, random=random)
-                save_checkpoint(place / CHECKPOINTS, run.step, parts, keep=keep)
-                log.write_table(run.rows)
-            devices.wait()
-
-        saved = resumed
         while run.step < steps and run.stopped is None:
             began = time.perf_counter()
             run.row = {}
             with compiler.reporting(first=run.step == resumed):
                 stepper.step(run, asked)
-            last = run.step == steps
-            if validation is not None and (last or (validate_every and run.step % validate_every == 0)):
+            if validation is not None and (run.step == steps or _due(run.step, validate_every)):
                 run.row.update(stepper.validate(model, validation))
             for one in asked:
                 one.step(run)
             run.seconds += time.perf_counter() - began
             run.row["seconds"] = round(run.seconds, 6)
-            run.rows.append(run.row)
-            if log is not None:
-                log.append(run.row)
+            keeper.row()
             tell(_headline(run), run.step, steps)
             interrupted = devices.total(float(interrupts.asked is not None)) > 0
-            if place is not None and (interrupted or (checkpoint_every and run.step % checkpoint_every == 0)):
-                keep_all()
-                saved = run.step
+            if interrupted or _due(run.step, checkpoint_every):
+                keeper.save()
             if interrupted:
                 interrupts.act(f"the run is kept in {place}; resume=True goes on at step {run.step}")
-        if place is not None and saved != run.step:
-            keep_all()
+        keeper.save()
         for one in asked:
             one.end(run)
-        if place is not None and devices.rank == 0:
-            compiled = compiler.found()
-            facts = {
-                **settings,
-                "compiled": None if compiled is None else vars(compiled),
-                **_facts(run, devices.device),
-            }
-            write_atomically(place / FACTS, json.dumps(facts, indent=1) + "\n")
+        keeper.finish(compiler.found())
     return Trained(
         rows=tuple(run.rows),
         tokens=run.tokens,
@@ -228,27 +193,6 @@ def train(
         compiled=compiler.found(),
         folder=place,
     )
-
-
-def _take_up(
-    place: Path, run: Run, stream: Any, asked: list[Callback], settings: dict, rates: Any, resume: bool, rank: int
-) -> int:
-    """Puts the run where its newest checkpoint left it; returns that step, 0 for a new run."""
-    if checkpoint_steps(place / CHECKPOINTS) and not resume:
-        raise ArgumentError(
-            f"folder: {place} holds a run already. Pass resume=True to go on with it, or another folder."
-        )
-    found = load_checkpoint(place / CHECKPOINTS) if resume else None
-    if found is None:
-        return 0
-    restore(found, run, stream, asked, settings, rates)
-    set_random_state(found.parts["random"][rank])
-    run.rows = read_log(place, until=found.step)
-    if len(run.rows) != found.step:
-        raise HeadwayError(
-            f"resume: the log of {place} has {len(run.rows)} of {found.step} rows. Put log.jsonl back, or start again."
-        )
-    return found.step
 
 
 def _optimizer(
@@ -290,19 +234,8 @@ def _headline(run: Run) -> str:
     return f"loss {run.row['loss']:.4f}, rate {run.row['learning_rate']:.2e}, {speed:,.0f} tokens/s"
 
 
-def _facts(run: Run, device: torch.device) -> dict[str, Any]:
-    return {
-        "steps": run.steps,
-        "step": run.step,
-        "stopped": run.stopped,
-        "tokens": run.tokens,
-        "seconds": run.seconds,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def _check(

@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headway.evidence.criteria import Measurement
+from headway.models import HeadwayConfig, HeadwayForCausalLM
 from headway.models.mixers import build_mixer
 from headway.train import train
+from headway.train.generated import StateTracking, score
 from headway.train.losses import Loss
 from headway.train.streams import Batch
 
@@ -91,6 +93,16 @@ def trained(task: str, mixer: str, seed: int, *, steps: int, pairs: int, batch: 
     if task == "recall":
         return float((answer.argmax(-1) == held["labels"]).float().mean())
     return float((answer - held["labels"]).square().mean() / held["labels"].square().mean())
+
+
+def tracked(mixer: str, seed: int, *, steps: int, count: int) -> float:
+    """Accuracy of a trained two-layer language model, with rotary positions, on the running parity of `count` bits."""
+    torch.manual_seed(seed % 2**31)
+    task = StateTracking(group="parity", count=count, seed=seed % 2**31)
+    config = HeadwayConfig(vocab_size=task.vocabulary, width=32, layers=2, heads=2, mixer=mixer, positions=task.length)
+    model = HeadwayForCausalLM(config)
+    train(model, task, steps=steps, learning_rate=RATE, weight_decay=0.0, warmup=steps // 10, seed=0)
+    return score(model, task.held_out(4))["accuracy"]
 
 
 def _loss(model: nn.Module, batch: Any) -> Loss:

@@ -1,4 +1,4 @@
-// Arms as points of sink against loss, as bars by column, and as courses of training. Labels stand beside the marks.
+// Arms as points of sink against loss, as bars by column, and as courses of training.
 
 const NAMES = DATA.arms.map(({ name }) => name);
 const percentages = new Set(DATA.columns.filter(({ unit }) => unit === "%").map(({ name }) => name));
@@ -18,11 +18,14 @@ section("against", (body) => {
     body.append(el("p", { class: "quiet" }, "No arm has numbers yet."));
     return;
   }
+  const at = ({ cells }) => [cells.sink_1[0], cells.loss[0]];
+  const beats = ([sink, loss], [otherSink, otherLoss]) => sink <= otherSink && loss <= otherLoss && (sink < otherSink || loss < otherLoss);
+  const named = (arm) => arm.name === DATA.baseline || !known.some((other) => beats(at(other), at(arm)));
   const node = el("div", { role: "img", "aria-label": "Loss by sink rate; the table above holds the numbers" });
   plot(node, () => ({
     traces: [{
       type: "scatter", mode: "markers+text", x: known.map(({ cells }) => 100 * cells.sink_1[0]), y: known.map(({ cells }) => cells.loss[0]),
-      text: known.map(({ name }) => plain(name)), textposition: "top center", textfont: { color: css("--ink"), size: 11 }, hoverinfo: "none", cliponaxis: false,
+      text: known.map((arm) => (named(arm) ? plain(arm.name) : "")), textposition: "top center", textfont: { color: css("--ink"), size: 11 }, hoverinfo: "none", cliponaxis: false,
       marker: { size: 11, color: known.map(({ name }) => (name === DATA.baseline ? css("--muted") : css("--accent"))), symbol: known.map(({ name }) => (name === DATA.baseline ? "diamond" : "circle")) },
       customdata: known.map(({ name }) => NAMES.indexOf(name)),
     }],
@@ -31,7 +34,7 @@ section("against", (body) => {
       xaxis: { title: { text: "heads that sink into the first token, %" }, zeroline: false }, yaxis: { title: { text: "loss, nats per byte" }, zeroline: false },
     },
   }), () => tipFor(node, (point) => armLines(DATA.arms[point.customdata])));
-  body.append(el("p", { class: "lead" }, "Down and to the left is a model that is as good without a sink. The diamond is the baseline."), el("figure", { class: "card wide" }, node));
+  body.append(el("p", { class: "lead" }, "Down and to the left is a model that is as good without a sink. The diamond is the baseline; named are the arms that no other beats in both."), el("figure", { class: "card wide" }, node));
 });
 
 section("bars", (body) => {

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headway.door.adapter import uses_registry
+from headway.door.rotary import host_frequencies
 from headway.errors import ArgumentError, HostError
 from headway.kernels.unequal import check_head_counts, safe_softmax, unequal_attention
 from headway.methods.layers.diffqkv.heads import HeadLayout
+from headway.methods.layers.diffqkv.merge import merge_keys, merge_values, second_moments
 from headway.methods.layers.diffqkv.query import AugmentedQuery
 from headway.methods.layers.diffqkv.static import refuse_equal_heads
 
@@ -40,13 +42,16 @@ def convert(
     value_heads: int | None = None,
     aug_dim: int = 0,
     layers: Sequence[int] | None = None,
+    calibration: Int[Tensor, "rows tokens"] | None = None,
 ) -> Any:
     """A copy of a transformers model whose self-attention has `key_heads` key and `value_heads` value heads.
 
     None keeps a count. `aug_dim` adds an augmented query with a residual that starts at zero, so that it changes
-    nothing before training. `layers` names those to convert, all by default. The copy generates, passes the door and
-    is saved by `save_pretrained`; `load_converted` reads it back. Raises HostError for hosts whose attention has
-    other projections, and ArgumentError for counts that do not divide."""
+    nothing before training. `layers` names those to convert, all by default. With `calibration`, token ids of some
+    text, heads are merged to serve its hidden states best (see `merge`) in place of taking means, which is closer to
+    what was there. The copy generates, passes the door and is saved by `save_pretrained`; `load_converted` reads it
+    back. Raises HostError for hosts whose attention has other projections, and ArgumentError for counts that do not
+    divide."""
     converted: Any = copy.deepcopy(model)
     found = list(attention_modules(converted))
     if not found:
@@ -59,9 +64,13 @@ def convert(
     for layer in chosen:
         if layer not in known:
             raise ArgumentError(f"layers: got {layer}, expected some of {known}.")
-    for module in found:
-        if module.layer_idx in chosen:
-            _convert_module(module, key_heads, value_heads, aug_dim)
+    changing = [module for module in found if module.layer_idx in chosen]
+    moments: dict[int, Tensor] = {}
+    if calibration is not None:
+        _require_half_pairs(converted)
+        moments = second_moments(converted, changing, calibration)
+    for module in changing:
+        _convert_module(module, key_heads, value_heads, aug_dim, moments.get(module.layer_idx))
     _use_unequal_attention(converted)
     converted.config.diffqkv = {
         "key_heads": key_heads,
@@ -189,13 +198,19 @@ def _weights(query: Tensor, key: Tensor, scale: float | None, causal: bool, visi
 
 
 @torch.no_grad()
-def _convert_module(module: Any, key_heads: int | None, value_heads: int | None, aug_dim: int) -> None:
+def _convert_module(
+    module: Any, key_heads: int | None, value_heads: int | None, aug_dim: int, moment: Tensor | None
+) -> None:
     layout = layout_of(module)
     keys = layout.key_heads if key_heads is None else key_heads
     values = layout.value_heads if value_heads is None else value_heads
     check_head_counts(layout.query_heads, keys, values)
-    module.k_proj = _pooled(module.k_proj, layout.key_dim, keys)
-    module.v_proj = _pooled(module.v_proj, layout.value_dim, values)
+    if keys != layout.key_heads:
+        pooled = _pooled(module.k_proj, layout.key_dim, keys)
+        module.k_proj = pooled if moment is None else merge_keys(module, keys, moment)
+    if values != layout.value_heads:
+        pooled = _pooled(module.v_proj, layout.value_dim, values)
+        module.v_proj = pooled if moment is None else merge_values(module, values, moment)
     module.num_key_value_groups = layout.query_heads // keys
     module.num_key_heads, module.num_value_heads = keys, values
     if aug_dim:
@@ -205,6 +220,17 @@ def _convert_module(module: Any, key_heads: int | None, value_heads: int | None,
         module.q_proj = nn.Sequential(module.q_proj, augment)
     if keys != values:
         module.register_forward_pre_hook(_refuse_backends, with_kwargs=True)
+
+
+def _require_half_pairs(model: Any) -> None:
+    """Raises HostError where rotation does not turn dimension m with m + dim/2 for all of a head."""
+    frequencies, layout = host_frequencies(model)
+    dims = {module.head_dim for module in attention_modules(model)}
+    if layout != "half" or frequencies is None or {2 * frequencies.numel()} != dims:
+        turned = 0 if frequencies is None else 2 * frequencies.numel()
+        raise HostError(
+            f"calibration: got a host with {layout} rotation of {turned} of {sorted(dims)} dimensions, expected whole heads in halves. Leave calibration out."
+        )
 
 
 def _refuse_backends(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from headway.door.mixer import Mixer, State, check_inputs, document_positions, r
 from headway.door.own import Attend
 from headway.errors import ArgumentError
 from headway.kernels.feature_rules import Rule
-from headway.kernels.inline import BLOCK, causal_feature_attention, empty_sums, feature_attention
+from headway.kernels.inline import causal_feature_attention, empty_sums, feature_attention
+from headway.kernels.scan_blocks import BLOCK
 from headway.methods.layers.inline.residual import LocalResidual
 
 log = logging.getLogger(__name__)

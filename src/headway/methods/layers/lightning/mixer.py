@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headway.door.adapter import DoorName
 from headway.door.mixer import Mixer, State, check_inputs, document_positions, register_mixer, segment_ids
 from headway.door.own import Attend
 from headway.errors import ArgumentError, unknown
@@ -76,7 +76,7 @@ class Lightning(Mixer):
     scale: of the products; 1 as in the released models. block: tokens per block.
 
     While something is attached, a call without earlier tokens passes the door as signed weights q·k·λ^distance. With
-    earlier tokens in the state there are no keys to weigh any more: such a call runs past what is attached."""
+    earlier tokens in the state there are no keys to weigh any more: such a call runs past what is attached, and warns."""
 
     slug = "lightning"
 
@@ -202,8 +202,14 @@ class Lightning(Mixer):
         state: State | None,
         native: Callable[[], Tensor],
     ) -> Float[Tensor, "batch heads tokens value_dim"]:
-        observed = isinstance(self.attend.config._attn_implementation, DoorName)
-        if not observed or query.shape[2] == 0 or (state is not None and bool(state.seen.any())):
+        observed = self.attend.watched
+        continued = state is not None and bool(state.seen.any())
+        if observed and continued:
+            warnings.warn(
+                "lightning: tokens that follow a filled state have no keys to weigh; what is attached does not meet them.",
+                stacklevel=3,
+            )
+        if not observed or continued or query.shape[2] == 0:
             return native()
         visible, at = None, None
         if mask is not None or resets is not None:

@@ -23,7 +23,7 @@ from headway.door.mixer import Mixer, State, check_inputs, document_positions, r
 from headway.door.own import Attend
 from headway.errors import ArgumentError, unknown
 from headway.kernels.local_linear import local_linear_attention, sloped_attention
-from headway.kernels.local_linear.attention import MAX_ITERATIONS, RIDGE, SOLVERS
+from headway.kernels.local_linear.arguments import MAX_ITERATIONS, RIDGE, SOLVERS
 from headway.kernels.rope import rope_frequencies, rotate
 from headway.methods.layers.local_linear.weighing import LocalLinearWeighing, SlopedWeighing
 

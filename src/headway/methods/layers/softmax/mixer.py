@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headway.door.adapter import DoorName
 from headway.door.key_value_state import append, crop_keys, empty_keys
 from headway.door.mixer import Mixer, State, check_inputs, document_positions, register_mixer, steps
 from headway.door.own import Attend
@@ -159,7 +158,7 @@ class SoftmaxAttention(Mixer):
             mass.append(given[1])
             return given[0]
 
-        observed = isinstance(self.attend.config._attn_implementation, DoorName)
+        observed = self.attend.watched
         output = self.attend(
             query,
             call.key,

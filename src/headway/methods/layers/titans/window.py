@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
-from headway.door.adapter import DoorName
 from headway.door.own import Attend
 from headway.errors import ArgumentError
 from headway.kernels.rope import rope_frequencies, rotate
@@ -99,7 +98,7 @@ class WindowAttention(nn.Module):
                 return self._banded(query, line, learned, kept)
             return _attend(query, keys, values, visible(), self.attend.scaling, explicit=mode == "reference")
 
-        watched = isinstance(self.attend.config._attn_implementation, DoorName)
+        watched = self.attend.watched
         found = self.attend(query, keys, values, native=native, visible=visible() if watched else None)
         found = found.transpose(1, 2).flatten(2)
         if tensors is None or after is None:

@@ -19,8 +19,8 @@ from headway.methods.sinks.sink_survey.interpretation.finding import Finding, ju
 
 #: A first token explained by visibility alone gets no more than this many times what even attention would give it.
 STRUCTURE = 2.0
-#: Mixing with the sink is at most this share of that without it.
-CALMED = 0.8
+#: Mixing with the sink is at most this share of that without it; one more token of any kind thins it out a little.
+CALMED = 0.5
 #: A top singular value with at least this share of the energy rules the states.
 RULES = 0.5
 #: A head is dormant when its output's norm at sinking rows is at most this share of that at its other rows.
@@ -94,7 +94,7 @@ def over_mixing(
     def change(head: Tensor | None) -> float:
         with_head = [e if head is None else torch.cat([head, e], 1) for e in (x, moved)]
         first, second = (last(e) for e in with_head)
-        return float(((first - second).norm(dim=-1) / first.norm(dim=-1)).mean())
+        return float((first - second).norm(dim=-1).mean())
 
     with_sink, without = change(embed(front)), change(None)
     ratio = with_sink / without if without > 0 else float("nan")
