@@ -22,6 +22,8 @@ train_app = typer.Typer(help="Train models of any mixer.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+lab_app = typer.Typer(help="Train small models that differ in one thing, and compare them.", no_args_is_help=True)
+app.add_typer(lab_app, name="lab")
 
 
 class Size(StrEnum):
@@ -422,6 +424,29 @@ def tokenize(
         shard_tokens=shard_tokens,
         as_json=json,
     )
+
+
+@lab_app.command("sinks")
+def lab_sinks(
+    arms: Annotated[
+        str | None, typer.Argument(help="A YAML file of arms, or the name of a shipped experiment; none lists those.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text file, or - for standard input; a built-in text by default.")
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of every arm, in place of those of the file.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds with commas, in place of those of the file.")] = None,
+    evaluation: Annotated[int, typer.Option(help="Held-out sequences that every arm is measured on.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for sinks.html, sinks.json and finished arms.")] = Path("lab-out"),
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Train the arms of an experiment and compare their attention sinks; goes on where it was ended."""
+    from headway.lab.command import sinks as run
+
+    run(arms, text=text, encoding=encoding, steps=steps, seeds=seeds, evaluation=evaluation, out=out, as_json=json)
 
 
 def main() -> Any:

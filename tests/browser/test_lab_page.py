@@ -29,7 +29,11 @@ def test_the_mouse_over_a_point_names_its_arm(open_file, path):
     page = open_file(path).page
     points = page.locator("#against .scatterlayer .point")
     assert points.count() == 3
-    points.nth(1).hover(force=True)
+    page.locator("#against").scroll_into_view_if_needed()
+    box = points.nth(1).bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 40, y + 30)
+    page.mouse.move(x, y, steps=5)
     tip = page.locator("#tip")
     tip.wait_for(state="visible")
     assert "softpick" in tip.inner_text()

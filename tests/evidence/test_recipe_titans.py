@@ -9,7 +9,7 @@ import torch
 
 from headway.evidence import prove
 from headway.evidence.recipes import titans as recipe
-from headway.evidence.recipes._titans_toys import ARMS, Rebound, Setting, stream_losses, task_of
+from headway.evidence.recipes._titans_toys import ARMS, Bound, Setting, stream_losses, task_of
 from headway.train.losses import IGNORE
 
 
@@ -66,18 +66,18 @@ def setting_of(size: str) -> Setting:
 
 
 def test_the_newer_binding_is_right():
-    setting = Setting(width=8, steps=1, rows=16, pairs=3, tokens=8, gap=4, seeds=1)
+    setting = Setting(width=8, steps=1, rows=16, pairs=3, gap=4, seeds=1)
     task = task_of(setting, 5, rebound=True)
-    assert isinstance(task, Rebound)
+    assert isinstance(task, Bound)
     batch = task.batch(0)
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
         assert len(ids) == task.length
-        older, newer = (dict(zip(ids[a:b:2], ids[a + 1 : b : 2], strict=True)) for a, b in ((0, 6), (6, 12)))
-        assert set(older) == set(newer)
+        bindings = [divmod(token - 4 - 3 - 6, 6) for token in ids[:6]]
+        older, newer = dict(bindings[:3]), dict(bindings[3:])
+        assert set(older) == set(newer) == {0, 1, 2}
         assert not set(older.values()) & set(newer.values())
-        for at, label in enumerate(labels):
-            if label != IGNORE:
-                assert newer[ids[at - 1]] == label
+        assert [label != IGNORE for label in labels] == [False] * (task.length - 1) + [True]
+        assert newer[ids[-2] - 4] == labels[-1] - 4 - 3
 
 
 def test_a_constant_step_blows_up_at_large_chunks_and_order_is_by_size():

@@ -10,8 +10,9 @@ from headway.hosts import default_text
 from headway.lab import Arm
 from headway.lab.arms import EXTRA_ID
 from headway.lab.data import ByteSequences, held_out, labelled, split_bytes, with_first
-from headway.lab.measures import in_int8, measure_arm, narrowed
-from headway.lab.training import build, run_arm, thinned
+from headway.lab.measures import measure_arm
+from headway.lab.training import build, loss_with_terms, run_arm, thinned
+from headway.methods.sinks.sink_survey.comparison import in_int8, narrowed
 
 SMALL = {"width": 32, "layers": 2, "heads": 2, "length": 16, "batch": 4, "steps": 6, "warmup": 1}
 
@@ -146,13 +147,26 @@ class TestMeasures:
         assert 0 < errors[0] < 0.1 < errors[1]
 
     @pytest.mark.parametrize("changes", [{"prefix": 3}, {"gate": "head"}, {"normalizer": "kernel_identity"},
-                                         {"position": "alibi"}, {"first": "learned"}])  # fmt: skip
+                                         {"position": "alibi"}, {"first": "learned"}, {"optimizer": "muon"},
+                                         {"optimizer": "orthoadam"},
+                                         {"terms": {"tail": 0.5, "decorrelation": 0.1}}])  # fmt: skip
     def test_every_kind_of_arm_gives_every_number(self, split, changes):
         found = run_arm(arm(**changes), 0, split, evaluation=4).numbers
         assert set(found) >= {"loss", "sink_1", "first_share", "mass", "kurtosis", "inf_norm", "massive_ratio",
                               "int8_gap", "streaming_gap", "params", "ms_per_step"}  # fmt: skip
         assert all(torch.isfinite(torch.tensor(list(found.values()))))
         assert found["mass"] == pytest.approx(1.0) or "normalizer" in changes
+
+    def test_terms_are_added_with_their_weights(self, split):
+        model, batch = build(arm(), 0), ByteSequences(split, arm(), 0).batch(0)
+        plain = loss_with_terms(model, batch, terms={"tail": 0.0})
+        more = loss_with_terms(model, batch, terms={"decorrelation": 0.5, "tail": 2.0})
+        with torch.no_grad():
+            own = float(model(**batch).loss)
+        assert plain.value.item() == pytest.approx(own)
+        expected = own + 0.5 * more.metrics["decorrelation"] + 2 * more.metrics["tail"]
+        assert more.value.item() == pytest.approx(expected, rel=1e-5)
+        assert more.metrics["own_loss"] == pytest.approx(own)
 
     def test_a_course_is_thinned_to_means(self):
         assert thinned((1.0, 3.0, 5.0, 7.0, 9.0), most=3) == [2.0, 6.0, 9.0]

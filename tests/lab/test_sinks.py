@@ -176,7 +176,7 @@ class TestTable:
         lab = made({"softmax": 0.4, "good": 0.01, "dear": 0.0, "same": 0.38}, {"good": 1.98, "dear": 2.5})
         text = " ".join(lab.findings)
         assert "2 of 3 arms have at most a fifth" in text
-        assert "good has the lowest loss of those, 1.980 (−1.0% of the baseline's; −0.020 nats" in text
+        assert "good has the lowest loss of those, 1.980 (−1.0\u00a0% of the baseline's; −0.020 nats" in text
         assert not lab.warnings
 
     def test_without_a_sink_in_the_baseline_nothing_is_concluded(self):
@@ -285,3 +285,14 @@ class TestCommand:
         Console(file=out, width=200).print(table_of(made({"softmax": 0.4, "b": 0.0})))
         assert "softmax" in out.getvalue()
         assert "Kurtosis" in out.getvalue()
+
+    def test_the_verb_is_there(self, tmp_path):
+        from typer.testing import CliRunner
+
+        from headway.cli import app
+
+        (tmp_path / "own.yaml").write_text(self.YAML)
+        arguments = ["lab", "sinks", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out"), "--evaluation", "4"]
+        result = CliRunner().invoke(app, [*arguments, "--steps", "2", "--json"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["results"][0]["arm"] == "softmax"

@@ -215,12 +215,11 @@ class TestDoor:
 
     @torch.no_grad()
     def test_tokens_behind_a_filled_state_are_not_weighed_and_that_is_said(self):
-        host, seen = model(), Seen()
-        ids = torch.arange(8)[None]
-        cache = host(input_ids=ids, use_cache=True).past_key_values
+        host, seen = model(mixer=["lightning", "softmax", "lightning"], mixer_options={}), Seen()
+        cache = host(input_ids=torch.arange(8)[None], use_cache=True).past_key_values
         with headway.observe(host, seen), pytest.warns(UserWarning, match="filled state"):
-            host(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-        assert not seen.result()
+            host(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        assert [weights.shape[-1] for weights, _ in seen.result()] == [9], "the softmax layer alone"
 
 
 class TestModel:

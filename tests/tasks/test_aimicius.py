@@ -19,6 +19,7 @@ from headway.tasks.aimicius import (
     gold_answers,
     infrawise,
     kql,
+    model_answers,
     ngram_similarity,
     optiflow,
 )
@@ -113,6 +114,19 @@ def test_the_embedded_encoder_knows_meaning_where_spelling_differs():
     )
     assert alike(*near) > alike(*far)
     assert alike("nvidia-smi -L", "nvidia-smi -L") == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.real
+def test_a_language_model_answers_in_turns():
+    import headway
+
+    answer = model_answers(*headway.load("smollm2"), max_new_tokens=4)
+    first = answer(("Which command lists NVIDIA GPUs?",))
+    assert isinstance(first, str)
+    assert answer(("Which command lists NVIDIA GPUs?",)) == first
+    assert isinstance(answer(("a", "b", "c")), str)
+    with pytest.raises(ArgumentError, match="max_new_tokens: got 0"):
+        model_answers(None, None, max_new_tokens=0)
 
 
 class TestCommands:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from headway.errors import ArgumentError, HeadwayError
+from headway.errors import ArgumentError, ConflictError, HeadwayError
 from headway.train import Stream, checkpoint_steps, load_checkpoint, read_log, wsd
 from headway.train.trees import join, split
 from tests.train.small import EVERY, STEPS, batch, in_a_process, model, run
@@ -224,6 +224,36 @@ def test_another_run_is_not_mixed_with_this_one(uninterrupted, options, words):
 def test_a_folder_with_a_run_is_not_overwritten(uninterrupted):
     with pytest.raises(ArgumentError, match="holds a run already"):
         run(uninterrupted[0])
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lasts(tmp_path):
+    def second(state) -> None:
+        if state.step == 2:
+            with pytest.raises(ConflictError, match="another process trains in"):
+                run(tmp_path / "run", resume=True)
+
+    run(tmp_path / "run", callbacks=[second])
+    assert run(tmp_path / "run", resume=True, callbacks=[lambda state: None]).resumed == STEPS
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(tmp_path, monkeypatch):
+    import safetensors.torch as store
+    from safetensors import SafetensorError
+
+    def full(tensors, path) -> None:
+        if "step-" not in str(path) and checkpoint_steps(tmp_path / "run" / "checkpoints"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, path)
+
+    save = store.save_file
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(
+        HeadwayError, match=r"step 8 cannot be written .*No space left .* the checkpoint before is whole"
+    ):
+        run(tmp_path / "run")
+    monkeypatch.setattr(store, "save_file", save)
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [EVERY]
+    assert run(tmp_path / "run", resume=True).resumed == EVERY
 
 
 def test_a_stable_schedule_may_be_made_longer(tmp_path):

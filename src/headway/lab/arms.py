@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from headway.errors import ArgumentError, unknown
+from headway.train.optimizers import OPTIMIZERS
 
+TERMS = ("decorrelation", "tail")
 FIRST = ("natural", "random", "fixed", "learned")
 #: The id behind the bytes: a fixed token, or a learned sink token.
 EXTRA_ID = 256
@@ -42,7 +44,8 @@ class Arm:
     Data: length of a sequence, data (bytes of text to train on, None for all), first: what stands at the front,
     "natural" text, "random" (one random byte), "fixed" (a token of its own at `place`, in a share `fraction` of the
     sequences) or "learned" (a sink token in front of every sequence). Training: steps, batch, learning_rate,
-    weight_decay, warmup, schedule, clip. `group` is a heading for tables and plots."""
+    weight_decay, warmup, schedule, clip, optimizer (adamw, orthoadam, muon), terms (weights of further loss terms:
+    decorrelation, tail). `group` is a heading of the table."""
 
     name: str = ""
     group: str = ""
@@ -72,11 +75,18 @@ class Arm:
     warmup: int = 100
     schedule: str = "constant"
     clip: float | None = 1.0
+    optimizer: str = "adamw"
+    terms: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "length", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} of arm {self.name!r}: got {getattr(self, name)}, expected at least 1.")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown(f"optimizer of arm {self.name!r}", self.optimizer, OPTIMIZERS)
+        for term in self.terms:
+            if term not in TERMS:
+                raise unknown(f"terms of arm {self.name!r}", term, TERMS)
         if self.length < 8:
             raise ArgumentError(f"length of arm {self.name!r}: got {self.length}, expected at least 8 tokens.")
         if self.first not in FIRST:
@@ -202,7 +212,9 @@ def _typed(key: str, value: Any, kind: str, name: str) -> Any:
     if value is None and "None" in kind:
         return None
     if "Mapping" in kind:
-        fits = isinstance(value, dict)
+        fits = isinstance(value, dict) and (
+            "float" not in kind or all(isinstance(v, int | float) for v in value.values())
+        )
     elif "float" in kind:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if fits else value
@@ -212,7 +224,7 @@ def _typed(key: str, value: Any, kind: str, name: str) -> Any:
         fits = isinstance(value, str)
     if not fits:
         raise ArgumentError(
-            f"{key} of arm {name!r}: got {value!r}, expected {kind.replace('Mapping[str, Any]', 'a mapping')}."
+            f"{key} of arm {name!r}: got {value!r}, expected {re.sub(r'Mapping.*', 'a mapping', kind)}."
         )
     return value
 

@@ -17,12 +17,12 @@ from headway.lab.arms import Experiment, load_experiment, shipped_experiments
 from headway.lab.report import number
 from headway.lab.result import SinkLab
 from headway.lab.sinks import run_sinks
-from headway.lab.table import columns, rows
+from headway.lab.table import Column, columns, rows
 from headway.lab.training import EVALUATION
 from headway.pages.console import check_folder, progress_bar
 
-#: Characters that a column takes, its border included.
-COLUMN_WIDTH = 16
+#: Characters of a cell at least, and those of its border.
+LEAST_WIDTH, BORDER = 7, 3
 
 
 def sinks(
@@ -76,8 +76,12 @@ def listing() -> None:
 
 def table_of(lab: SinkLab, *, width: int = 200) -> Table:
     """The comparison table for a terminal of `width` characters: as many columns as fit, in their order."""
-    names = max(len(arm) for arm in lab.arms) + 3
-    shown = columns(lab)[: max((width - names) // COLUMN_WIDTH, 2)]
+    used = max(len(arm) for arm in lab.arms) + BORDER
+    shown: list[Column] = []
+    for column in columns(lab):
+        used += max(len(column.words), LEAST_WIDTH) + BORDER
+        if used <= width or len(shown) < 2:
+            shown.append(column)
     table = Table("arm", title=f"{lab.name}: {len(lab.seeds)} seeds" if len(lab.seeds) > 1 else lab.name)
     for column in shown:
         table.add_column(column.words, justify="right", no_wrap=True)

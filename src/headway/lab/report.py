@@ -52,7 +52,7 @@ def payload(lab: SinkLab) -> dict[str, Any]:
             "arms": [
                 {
                     "name": arm,
-                    "settings": words_of(lab.arms[arm]),
+                    "settings": words_of(own_settings(lab, arm)),
                     "cells": {name: [c.value, c.low, c.high] for name, c in cells.items()},
                     "runs": {c.name: lab.values(arm, c.name) for c in shown},
                     "course": [r.course for r in lab.of(arm)],
@@ -62,6 +62,16 @@ def payload(lab: SinkLab) -> dict[str, Any]:
             "baseline": lab.baseline,
         }
     )
+
+
+def own_settings(lab: SinkLab, arm: str) -> dict[str, Any]:
+    """The settings of an arm that the others do not all share."""
+    shared = [
+        name
+        for name, value in lab.arms[arm].items()
+        if len(lab.arms) > 1 and all(other.get(name) == value for other in lab.arms.values())
+    ]
+    return {name: value for name, value in lab.arms[arm].items() if name not in shared}
 
 
 def words_of(settings: dict[str, Any]) -> str:
@@ -92,7 +102,7 @@ def _row(lab: SinkLab, arm: str, cells: dict[str, Cell]) -> dict[str, Any]:
     return {
         "arm": arm,
         "group": lab.groups.get(arm, ""),
-        "settings": words_of(lab.arms[arm]),
+        "settings": words_of(own_settings(lab, arm)),
         "baseline": arm == lab.baseline,
         "cells": [(number(cells[c.name].value, c.unit), _interval(cells[c.name], c)) for c in columns(lab)],
         "failed": "; ".join(failed),

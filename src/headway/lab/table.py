@@ -91,14 +91,14 @@ def conclude(lab: SinkLab) -> tuple[list[str], list[str]]:
     if math.isnan(base):
         return [], [f"The baseline {lab.baseline} has no numbers, so nothing can be compared with it."]
     findings.append(
-        f"{base:.1%} of heads sink into the first token in {lab.baseline}, the baseline, at a loss of "
+        f"{100 * base:.1f}\u00a0% of heads sink into the first token in {lab.baseline}, the baseline, at a loss of "
         f"{cell(lab.values(lab.baseline, 'loss')).value:.3f} nats per byte."
     )
     others = [arm for arm in lab.arms if arm != lab.baseline and lab.values(arm, "sink_1")]
     if base < NO_SINK:
         warnings.append(
-            f"The baseline has a Sink₁ of {base:.1%}, below {NO_SINK:.0%}: no sink grew, so what removes one cannot be "
-            "told. Train longer, or on more text."
+            f"The baseline has a Sink₁ of {100 * base:.1f}\u00a0%, below {100 * NO_SINK:.0f}\u00a0%: no sink grew, so "
+            "what removes one cannot be told. Train longer, or on more text."
         )
     else:
         findings += _about_sinks(lab, others, base)
@@ -128,17 +128,17 @@ def _about_sinks(lab: SinkLab, others: Sequence[str], base: float) -> list[str]:
             f"{_paired(lab, best)})."
         )
     elif gone:
-        found.append(f"None of them keeps the loss within {KEPT:.0%} of the baseline's.")
+        found.append(f"None of them keeps the loss within {100 * KEPT:.0f}\u00a0% of the baseline's.")
     more = [arm for arm in others if sink[arm] > base * 1.2]
     if more:
         most = max(more, key=sink.__getitem__)
-        found.append(f"{sink[most]:.1%} of heads sink in {most}, the arm with most.")
+        found.append(f"{100 * sink[most]:.1f}\u00a0% of heads sink in {most}, the arm with most.")
     return found
 
 
 def signed(share: float) -> str:
     """A change in percent with its sign."""
-    return f"{share:+.1%}".replace("-", "−")
+    return f"{100 * share:+.1f}\u00a0%".replace("-", "−")
 
 
 def _paired(lab: SinkLab, arm: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from headway.hosts import Text
 from headway.lab.arms import VOCABULARY, Arm
@@ -14,7 +16,10 @@ from headway.lab.data import ByteSequences, Split, held_out, split_bytes
 from headway.lab.measures import measure_arm, parameters_of
 from headway.lab.result import ArmResult
 from headway.models import HeadwayConfig, HeadwayForCausalLM
-from headway.train import model_loss, train
+from headway.train import Batch, Loss, model_loss, train
+from headway.train.losses import scored
+from headway.train.optimizers import make_optimizer
+from headway.train.sink_losses import decorrelation_loss, tail_penalty
 
 #: Held-out sequences that every arm is measured on.
 EVALUATION = 64
@@ -64,9 +69,10 @@ def run_arm(
         model,
         ByteSequences(split, arm, seed),
         steps=arm.steps,
-        loss=model_loss,
-        learning_rate=arm.learning_rate,
-        weight_decay=arm.weight_decay,
+        loss=partial(loss_with_terms, terms=arm.terms) if arm.terms else model_loss,
+        optimizer=partial(
+            make_optimizer, arm.optimizer, learning_rate=arm.learning_rate, weight_decay=arm.weight_decay
+        ),
         warmup=min(arm.warmup, arm.steps - 1),
         schedule=arm.schedule,
         clip=arm.clip,
@@ -85,6 +91,19 @@ def run_arm(
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return ArmResult(arm=arm.name, group=arm.group, seed=seed, numbers=numbers, course=thinned(course))
+
+
+def loss_with_terms(model: nn.Module, batch: Batch, *, terms: Mapping[str, float]) -> Loss:
+    """The model's loss and weighted terms on the states between blocks, each the mean over blocks; the log keeps the
+    terms apart."""
+    assert not isinstance(batch, Tensor)
+    output = model(**batch, output_hidden_states=True, use_cache=False)
+    states = output.hidden_states[1:-1] or output.hidden_states[:1]
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"decorrelation": decorrelation_loss, "tail": tail_penalty}
+    values = {name: torch.stack([functions[name](h) for h in states]).mean() for name in terms}
+    total = output.loss + sum(weight * values[name] for name, weight in terms.items())
+    metrics = {name: float(value.detach()) for name, value in values.items()}
+    return Loss(total, scored(batch["labels"]), {"own_loss": float(output.loss.detach()), **metrics})
 
 
 def thinned(losses: tuple[float, ...], most: int = 100) -> list[float]:

@@ -90,13 +90,15 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         states = [None] * len(self.layers) if past_key_values is None else past_key_values.states
         hidden: list[Tensor] = []
         after: list[State | None] = []
+        if past_key_values is not None:
+            # Before the layers run: the door asks the cache how many keys there are, those of this call with them.
+            past_key_values.length += x.shape[1]
         for block, state in zip(self.layers, states, strict=True):
             hidden.append(x)
             x, state = block(x, mask=mask, resets=resets, state=state, mode=mode)
             after.append(state)
         if past_key_values is not None:
             past_key_values.states = [state for state in after if state is not None]
-            past_key_values.length += x.shape[1]
         x = self.norm(x)
         hidden.append(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)

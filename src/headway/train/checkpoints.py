@@ -53,6 +53,7 @@ def checkpoint_steps(folder: str | Path) -> list[int]:
 def save_checkpoint(folder: str | Path, step: int, parts: Mapping[str, Any], *, keep: int = KEEP) -> Path:
     """Writes the parts (nested states of tensors and plain values) as the checkpoint of `step`; removes all but the
     newest `keep`, and what killed writers left."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if keep < 1:
@@ -82,10 +83,11 @@ def save_checkpoint(folder: str | Path, step: int, parts: Mapping[str, Any], *, 
             _settle(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise HeadwayError(
-            f"checkpoint: step {step} cannot be written to {folder} ({error.strerror or error}). Free some space or "
-            "choose another folder; the checkpoint before is whole."
+            f"checkpoint: step {step} cannot be written to {folder} ({reason}). Free some space or choose another "
+            "folder; the checkpoint before is whole."
         ) from error
     for old in checkpoint_steps(folder)[:-keep]:
         shutil.rmtree(_path(folder, old), ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headway.errors import ArgumentError, HeadwayError
+from headway.errors import ArgumentError, ConflictError, HeadwayError
 from headway.files import write_atomically
 from headway.train.checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
 from headway.train.compiling import Compiled
@@ -24,6 +24,7 @@ from headway.train.streams import Placed
 
 CHECKPOINTS = "checkpoints"
 FACTS = "run.json"
+LOCK = ".lock"
 
 
 class Keeper:
@@ -45,6 +46,7 @@ class Keeper:
         self.schedule, self.devices, self.settings = schedule, devices, settings
         self.keep, self.saved = keep, 0
         self._log: Log | None = None
+        self._lock: Any = None
 
     def take_up(self, *, resume: bool) -> int:
         """Puts the run where its newest checkpoint left it and opens the log; returns that step, 0 for a new run."""
@@ -67,6 +69,7 @@ class Keeper:
             self.saved = found.step
         self.devices.wait()
         if self.devices.rank == 0:
+            self._lock_folder(self.folder)
             self._log = Log(self.folder, self.run.rows)
         return self.saved
 
@@ -112,3 +115,17 @@ class Keeper:
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _lock_folder(self, folder: Path) -> None:
+        """Keeps a second process from training into the same folder; the system frees the lock of a killed one."""
+        from filelock import FileLock, Timeout
+
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConflictError(f"folder: another process trains in {folder}. Wait for it, or name another.") from None
+        self._lock = lock

@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+from headway.errors import HeadwayError
 from headway.files import write_atomically
 from headway.train.run import Row
 
@@ -25,8 +26,13 @@ class Log:
         self._file = (folder / LINES).open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise HeadwayError(
+                f"log: {self.folder / LINES} cannot be written ({error.strerror}). Free some space."
+            ) from error
 
     def write_table(self, rows: list[Row]) -> None:
         """`log.csv`: all rows; a column for every name that some row has, in the order of their first appearance."""

@@ -16,7 +16,7 @@ from headway.train.images import Images, ImageStream, accuracy, load_images
 
 #: Mixer and its options, by the name of the arm.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "softmax": ("softmax", {}),
+    "softmax": ("softmax", {"position": "none"}),
     "linear": ("linear", {}),
     "linear + local": ("linear", {"residual": True}),
     "inline": ("inline", {"residual": False}),

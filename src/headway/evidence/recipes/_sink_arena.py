@@ -38,8 +38,8 @@ ARMS: dict[str, tuple[str, str | None]] = {
 class ArenaLayer(TriggerAttention):
     """One causal head per seed with a normaliser and a gate of the registry."""
 
-    def __init__(self, seeds: Sequence[int], *, normalizer: str, gate: str | None = None) -> None:
-        super().__init__(seeds)
+    def __init__(self, seeds: Sequence[int], *, normalizer: str, gate: str | None = None, bias: bool = False) -> None:
+        super().__init__(seeds, bias=bias)
         self.normalizer = normalizer if gate is None else f"{normalizer} with gate {gate}"
         shape = {"width": WIDTH, "heads": 1, "kv_heads": 1, "head_dim": HEAD_DIM}
         rules, gates = [], []
@@ -73,11 +73,11 @@ class ArenaLayer(TriggerAttention):
         return self.project("output", torch.stack(outputs)), stacked, value
 
 
-def run_arm(name: str, seeds: Sequence[int], *, steps: int) -> dict[str, Any]:
+def run_arm(name: str, seeds: Sequence[int], *, steps: int, bias: bool = False) -> dict[str, Any]:
     """Trains an arm with every seed and judges it: the numbers of `TriggerResult`, and `proxy_share`, the part of
     |weights| on item 0 at unflagged items, which also means something where weights are signed."""
     normalizer, gate = ARMS[name]
-    model = ArenaLayer(seeds, normalizer=normalizer, gate=gate)
+    model = ArenaLayer(seeds, normalizer=normalizer, gate=gate, bias=bias)
     generators = [torch.Generator().manual_seed(DATA_STREAM + int(seed)) for seed in seeds]
     train(model, generators, steps=steps)
     model.eval()

@@ -8,7 +8,7 @@ is read beside one without, and three explanations are tested. Survey: arXiv 260
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -25,6 +25,7 @@ from headway.evidence.recipes._sink_arena import ARMS, run_arm
 from headway.evidence.statistics import bootstrap, bootstrap_ratio
 from headway.methods.sinks.sink_emergence import NO_SINK
 from headway.methods.sinks.sink_survey import IntactKV
+from headway.methods.sinks.sink_survey.comparison import measure_model
 from headway.methods.sinks.sink_survey.interpretation import implicit_bias, no_op_of_model, outlier_circuit
 from headway.tasks.perplexity import negative_log_likelihood
 from headway.tasks.trigger_averaging import STEPS
@@ -105,17 +106,33 @@ def run(context: Context) -> list[Claim]:
     small = {"width": 64, "layers": 2, "heads": 4, "length": 64, "batch": 8}
     settings = context.choose(
         smoke=Settings("tiny random Llama", 2, 8, 4, 1, tiny, 3, 24, 12, 2, 3, 16),
-        small=Settings("smollm2", 5, STEPS, 250, 2, small, 8, 256, 96, 6, 4, 64),
-        full=Settings("meta-llama/Meta-Llama-3-8B", 10, STEPS, 20_000, 3, {"layers": 6}, 32, 1024, 256, 16, 8, 128),
+        small=Settings("smollm2", 5, STEPS, 250, 2, small, 8, 256, 96, 5, 4, 48),
+        full=Settings(
+            "meta-llama/Meta-Llama-3-8B",
+            10,
+            STEPS,
+            20_000,
+            3,
+            {"layers": 6, "width": 128, "heads": 4, "length": 128, "batch": 16},
+            32,
+            1024,
+            256,
+            16,
+            8,
+            128,
+        ),
     )
     seeds = context.seeds(settings.seeds)
     arms = {name: context.stage(f"arena-{name}", partial(run_arm, name, seeds, steps=settings.steps)) for name in ARMS}
+    with_bias = context.stage(
+        "arena-with-bias", partial(run_arm, "softmax-plus-one", seeds, steps=settings.steps, bias=True)
+    )
     language = context.stage("language-arena", lambda: _language(settings, context.seeds(settings.language_seeds)))
     host = cache(lambda: _host(settings))
-    quantised = context.stage("quantised", lambda: _quantised(host(), settings, context.torch_generator("windows")))
-    explained = context.stage("explained", lambda: _explained(host(), settings, context.torch_generator("inputs")))
+    quantised = context.stage("quantised", lambda: _held(_quantised, host(), settings, context, "windows"))
+    explained = context.stage("explained", lambda: _held(_explained, host(), settings, context, "inputs"))
     return [
-        *_arena_claims(arms, seeds, context),
+        *_arena_claims(arms, with_bias, seeds, context),
         _language_claim(language, context),
         _quantised_claim(quantised, context),
         *_explanations(explained, context),
@@ -142,6 +159,12 @@ def _host(settings: Settings) -> Host:
     return Host(model, ids, f"{model.name_or_path}, {text.source}")
 
 
+def _held(measure: Callable[..., dict[str, Any]], host: Host, settings: Settings, context: Context, name: str) -> Any:
+    """A measurement under one open scope, so that the door is tested once and not for every scope inside."""
+    with use(host.model):
+        return measure(host, settings, context.torch_generator(name))
+
+
 def _windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Int[Tensor, "count length"]:
     """`count` stretches of the text that do not overlap."""
     places = torch.randperm(len(text) // length, generator=generator)[:count]
@@ -149,22 +172,40 @@ def _windows(text: Tensor, count: int, length: int, generator: torch.Generator) 
 
 
 def _language(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
-    """Small language models on the bytes of a text: Sink_1 and loss of each arm by seed."""
+    """Small language models on the bytes of a text: Sink_1 and loss of each arm by seed, judged on the same windows."""
     from headway.hosts import default_text
-    from headway.lab import Arm
-    from headway.lab.data import split_bytes
-    from headway.lab.training import run_arm as train_arm
 
-    split = split_bytes(default_text())
+    ids = torch.frombuffer(bytearray(default_text().text.encode("utf-8")), dtype=torch.uint8).long()
+    border, length = int(0.9 * len(ids)), settings.language["length"]
+    judged = _windows(ids[border:], 32, length, torch.Generator().manual_seed(0))
     found: dict[str, Any] = {}
     for name in ("softmax", *LANGUAGE_ARMS):
-        arm = Arm(
-            name=name, normalizer=name, steps=settings.language_steps, weight_decay=0.5,
-            warmup=settings.language_steps // 20, **settings.language,
-        )  # fmt: skip
-        runs = [train_arm(arm, seed % 2**31, split, evaluation=32) for seed in seeds]
-        found[name] = {column: [run.numbers[column] for run in runs] for column in runs[0].numbers}
+        runs = [_language_arm(name, settings, ids[:border], judged, seed) for seed in seeds]
+        found[name] = {column: [run[column] for run in runs] for column in runs[0]}
     return found
+
+
+def _language_arm(name: str, settings: Settings, text: Tensor, judged: Tensor, seed: int) -> dict[str, float]:
+    """One byte-level model with a normaliser, trained with the weight decay that favours sinks most in the paper."""
+    from headway.models import HeadwayConfig, HeadwayForCausalLM
+    from headway.train import train
+
+    sizes = dict(settings.language)
+    length, batch = sizes.pop("length"), sizes.pop("batch")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> Iterator[Tensor]:
+        while True:
+            starts = torch.randint(0, len(text) - length, (batch,), generator=generator)
+            yield text[starts[:, None] + torch.arange(length)]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HeadwayForCausalLM(HeadwayConfig(vocab_size=256, mixer_options={"normalizer": name}, **sizes))
+    steps = settings.language_steps
+    train(model, draw(), steps=steps, learning_rate=1e-3, weight_decay=0.5, warmup=steps // 20, schedule="constant",
+          seed=seed)  # fmt: skip
+    return measure_model(model.eval(), [(judged, judged)], window=length // 4)
 
 
 @torch.no_grad()
@@ -213,7 +254,7 @@ def _explained(host: Host, settings: Settings, generator: torch.Generator) -> di
     return found
 
 
-def _arena_claims(arms: dict[str, Any], seeds: list[int], context: Context) -> list[Claim]:
+def _arena_claims(arms: dict[str, Any], with_bias: dict[str, Any], seeds: list[int], context: Context) -> list[Claim]:
     planned = {
         "softmax": "share 0.99, eviction × 15,000",
         "softmax-plus-one": "mass 0.17, eviction × 1",
@@ -243,7 +284,10 @@ def _arena_claims(arms: dict[str, Any], seeds: list[int], context: Context) -> l
                 others={key: _mean(v, context, f"{name} {key}", seeds=seeds) for key, v in values.items()},
                 criterion=CRITERIA[f"arena-{name}"],
                 notes="The share is that of |weights|, as affine weights may be negative." if name == "affine" else "",
-                details={"per seed": arm},
+                details={
+                    "per seed": arm,
+                    **({"tried: projections with biases": with_bias} if name == "softmax-plus-one" else {}),
+                },
             )
         )
     right = sum(claim.verdict == "holds" for claim in claims)

@@ -56,9 +56,8 @@ class LocalLinearFunction(torch.autograd.Function):
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         found = forward_pass(query, key, value, scale, ridge, slope, visible, settings)
-        context.save_forbackward_pass(query, key, value, scale, ridge, visible, found[1], found[2])
+        context.save_for_backward(query, key, value, scale, ridge, visible, found[1], found[2])
         context.settings = settings
-        context.learned = ridge is None
         context.mark_non_differentiable(*found[1:])
         return found
 
@@ -163,7 +162,6 @@ def backward_pass(
         to_value[part.systems, part.keys] += both[..., : g.shape[2]]
         to_key[part.systems, part.keys] += both[..., g.shape[2] :]
     if ridge is not None:
-        report_unconverged(
-            "local linear attention, backward", residual, settings.tolerance, FIX, strict=settings.strict
-        )
+        rows = residual.unflatten(0, (-1, settings.kv_heads)).flatten(1, 2)
+        report_unconverged("local linear attention, backward", rows, settings.tolerance, FIX, strict=settings.strict)
     return to_query, to_key, to_value, to_scale, None if ridge is None else to_ridge, to_slope

@@ -15,7 +15,7 @@ one of an encoder. Nothing a model writes is executed: commands meet a simulated
 from __future__ import annotations
 
 from headway.tasks.aimicius import cmdgen, infrawise, kql, optiflow
-from headway.tasks.aimicius.scoring import TASKS, evaluate, gold_answers
+from headway.tasks.aimicius.scoring import TASKS, evaluate, gold_answers, model_answers
 from headway.tasks.aimicius.similarity import Similarity, embedding_similarity, ngram_similarity
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "gold_answers",
     "infrawise",
     "kql",
+    "model_answers",
     "ngram_similarity",
     "optiflow",
 ]

@@ -96,6 +96,32 @@ def converse(task: Task, sample: Any, answer: Answerer) -> list[str]:
     return turns[1::2]
 
 
+def model_answers(model: Any, tokenizer: Any, *, max_new_tokens: int = 256) -> Answerer:
+    """An answerer that is a language model: greedy, with the tokenizer's chat template where it has one."""
+    if max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens: got {max_new_tokens}, expected at least 1.")
+
+    def answer(turns: Sequence[str]) -> str:
+        if getattr(tokenizer, "chat_template", None):
+            said = [{"role": ("user", "assistant")[at % 2], "content": turn} for at, turn in enumerate(turns)]
+            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        else:
+            batch = tokenizer("\n\n".join(turns) + "\n\n", return_tensors="pt")
+        ids = batch["input_ids"].to(model.device)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=batch["attention_mask"].to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
 def gold_answers(name: str) -> Answerer:
     """An answerer that knows the gold answers of a task: it must score 1 on every metric."""
     task = _task(name)

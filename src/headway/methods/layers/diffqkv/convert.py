@@ -229,7 +229,8 @@ def _require_half_pairs(model: Any) -> None:
     if layout != "half" or frequencies is None or {2 * frequencies.numel()} != dims:
         turned = 0 if frequencies is None else 2 * frequencies.numel()
         raise HostError(
-            f"calibration: got a host with {layout} rotation of {turned} of {sorted(dims)} dimensions, expected whole heads in halves. Leave calibration out."
+            f"calibration: got a host with {layout} rotation of {turned} of {sorted(dims)} dimensions, expected whole "
+            "heads in halves. Leave calibration out."
         )
 
 

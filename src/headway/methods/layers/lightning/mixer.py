@@ -76,7 +76,7 @@ class Lightning(Mixer):
     scale: of the products; 1 as in the released models. block: tokens per block.
 
     While something is attached, a call without earlier tokens passes the door as signed weights q·k·λ^distance. With
-    earlier tokens in the state there are no keys to weigh any more: such a call runs past what is attached, and warns."""
+    earlier tokens in the state there are no keys to weigh any more: such a call warns and is not attached to."""
 
     slug = "lightning"
 
@@ -206,7 +206,7 @@ class Lightning(Mixer):
         continued = state is not None and bool(state.seen.any())
         if observed and continued:
             warnings.warn(
-                "lightning: tokens that follow a filled state have no keys to weigh; what is attached does not meet them.",
+                "lightning: tokens behind a filled state have no keys to weigh; what is attached does not meet them.",
                 stacklevel=3,
             )
         if not observed or continued or query.shape[2] == 0:
