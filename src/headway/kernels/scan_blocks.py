@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 
 #: Tokens per block. With d = 64 the work within and between blocks is then equal.
 BLOCK = 64
-#: Numbers that a tile on a CPU may work with: 2 MB in float32, or 1,024 tokens with d = e = 64.
-WORK = 2**19
+#: Numbers that a tile on a CPU may work with: 4 MB in float32, or 2,048 tokens with d = e = 64.
+WORK = 2**20
 
 
 def scan_blocks(
@@ -82,10 +82,19 @@ class _Factors:
     between states. `counts` are the numbers of batch rows, heads and blocks that lie flat in the tile's tensors."""
 
     counts: tuple[int, int, int]
-    across: Float[Tensor, "batch heads #blocks length length"]
-    lead: Float[Tensor, "batch heads #blocks length 1"]
-    rest: Float[Tensor, "batch heads #blocks length 1"]
+    across: Float[Tensor, "#batch heads #blocks length length"]
+    lead: Float[Tensor, "#groups_blocks length 1"]
+    rest: Float[Tensor, "#groups_blocks length 1"]
     chain: Float[Tensor, "groups states states"]
+
+
+def _factors(counts: tuple[int, int, int], across: Tensor, lead: Tensor, rest: Tensor, chain: Tensor) -> _Factors:
+    """Row factors lie flat as the tile does; where all its blocks share one, it is kept once."""
+
+    def flat(factor: Tensor) -> Tensor:
+        return factor.flatten(0, 2) if factor.shape[:3].numel() == 1 else factor.expand(*counts, -1, -1).flatten(0, 2)
+
+    return _Factors(counts, across, flat(lead), flat(rest), chain.expand(counts[0], -1, -1, -1).flatten(0, 1))
 
 
 class _Plan:
@@ -100,7 +109,8 @@ class _Plan:
         clock: Clock | None,
     ) -> None:
         self.rows, self.tiles, self.powers, self.scale, self.clock = rows, tiles, powers, scale, clock
-        self._even: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._tables: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._even: dict[tuple[int, ...], _Factors] = {}
         self._uneven: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     @classmethod
@@ -139,13 +149,14 @@ class _Plan:
         counts = (rows[0].stop - rows[0].start, rows[1].stop - rows[1].start, tile.blocks)
         if self.clock is not None:
             found = self._look_up(self.powers[rows[1]], self._uneven_distances(self.clock, rows[0], tile))
-        else:
-            shape = (tile.blocks, tile.length)
-            if shape not in self._even:
-                self._even[shape] = self._look_up(self.powers, self._even_distances(tile))
-            found = tuple(x[:, rows[1]] for x in self._even[shape])
-        across, lead, rest, chain = found
-        return _Factors(counts, across, lead, rest, chain.expand(counts[0], -1, -1, -1).flatten(0, 1))
+            return _factors(counts, *found)
+        shape = (tile.blocks, tile.length)
+        if shape not in self._tables:
+            self._tables[shape] = self._look_up(self.powers, self._even_distances(tile))
+        name = (rows[1].start, *counts, tile.length)
+        if name not in self._even:
+            self._even[name] = _factors(counts, *(x[:, rows[1]] for x in self._tables[shape]))
+        return self._even[name]
 
     def _look_up(self, powers: Tensor, distances: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Powers by their exponents; the last entry of the table is the zero of what is hidden."""
@@ -224,7 +235,7 @@ class _Scan(torch.autograd.Function):
                 weights = _damp(q @ k.transpose(1, 2), f)
                 into = _cut(out, rows, tile, state.dtype)
                 torch.bmm(weights, v, out=into)
-                into.baddbmm_(_times(q, f.lead, f), states[:, :-1].flatten(0, 1))
+                into.baddbmm_(q * f.lead, states[:, :-1].flatten(0, 1))
                 _paste(out, rows, tile, into)
         ctx.save_for_backward(query, key, value, carried)
         ctx.plan = plan
@@ -261,15 +272,15 @@ def _tile_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and of the state before the tile, given that of the state behind it."""
     before = _states(k, v, f, state)[:, :-1].flatten(0, 1)
-    read = (_times(q, f.lead, f).transpose(1, 2) @ d_out).unflatten(0, (len(f.chain), -1))
+    read = ((q * f.lead).transpose(1, 2) @ d_out).unflatten(0, (len(f.chain), -1))
     line = torch.cat([read, d_state[:, None]], 1)
-    d_states = (f.chain.transpose(1, 2) @ line.flatten(2)).view_as(line)
+    d_states = _join(f.chain.transpose(1, 2), line)
     d_written = d_states[:, 1:].flatten(0, 1)
     weights = _damp(q @ k.transpose(1, 2), f)
     d_weights = _damp(d_out @ v.transpose(1, 2), f)
-    d_q = torch.baddbmm(_times(d_out @ before.transpose(1, 2), f.lead, f), d_weights, k)
-    d_k = torch.baddbmm(_times(v @ d_written.transpose(1, 2), f.rest, f), d_weights.transpose(1, 2), q)
-    d_v = torch.baddbmm(_times(k, f.rest, f) @ d_written, weights.transpose(1, 2), d_out)
+    d_q = torch.baddbmm((d_out @ before.transpose(1, 2)) * f.lead, d_weights, k)
+    d_k = torch.baddbmm((v @ d_written.transpose(1, 2)) * f.rest, d_weights.transpose(1, 2), q)
+    d_v = torch.baddbmm((k * f.rest) @ d_written, weights.transpose(1, 2), d_out)
     return d_q, d_k, d_v, d_states[:, 0]
 
 
@@ -283,17 +294,29 @@ def _states(
     groups, states, _ = factors.chain.shape
     line = carried.new_empty(groups, states, *carried.shape[1:])
     line[:, 0] = carried
-    turned = _times(k, factors.rest, factors).transpose(1, 2)
+    turned = (k * factors.rest).transpose(1, 2)
     if groups == 1:
         torch.bmm(turned, v, out=line[0, 1:])
     else:
         line[:, 1:] = (turned @ v).unflatten(0, (groups, -1))
-    return (factors.chain @ line.flatten(2)).view_as(line)
+    return _join(factors.chain, line)
+
+
+def _join(
+    chain: Float[Tensor, "groups states states"], line: Float[Tensor, "groups states dim value_dim"]
+) -> Float[Tensor, "groups states dim value_dim"]:
+    """The product over states. That of a single head is cut in two, or a library of two threads and more splits so few
+    rows badly."""
+    groups, states, dim, _ = line.shape
+    if groups > 1 or dim % 2:
+        return (chain @ line.flatten(2)).view_as(line)
+    halves = line.view(states, 2, -1).transpose(0, 1)
+    return torch.bmm(chain.expand(2, -1, -1), halves).transpose(0, 1).reshape(line.shape)
 
 
 def _cut(x: Tensor, rows: Rows, tile: _Tile, dtype: torch.dtype) -> Float[Tensor, "groups_blocks length dim"]:
     """The blocks of a tile, one behind the other; a view of x where its layout allows."""
-    return x[rows][:, :, tile.tokens].unflatten(2, (tile.blocks, tile.length)).flatten(0, 2).to(dtype)
+    return x[rows][:, :, tile.tokens].reshape(-1, tile.length, x.shape[3]).to(dtype)
 
 
 def _paste(x: Tensor, rows: Rows, tile: _Tile, blocks: Tensor) -> None:
@@ -301,11 +324,6 @@ def _paste(x: Tensor, rows: Rows, tile: _Tile, blocks: Tensor) -> None:
     target = x[rows][:, :, tile.tokens]
     if blocks.data_ptr() != target.data_ptr():
         target.copy_(blocks.view_as(target))
-
-
-def _times(x: Tensor, factor: Tensor, factors: _Factors) -> Tensor:
-    """x (groups_blocks, length, dim) with its rows scaled."""
-    return (x.view(*factors.counts, *x.shape[1:]) * factor).view_as(x)
 
 
 def _damp(scores: Float[Tensor, "groups_blocks length length"], factors: _Factors) -> Tensor:

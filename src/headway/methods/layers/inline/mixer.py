@@ -170,6 +170,7 @@ class InlineMixer(FeatureMixer):
     """InLine attention: injective for any φ, identity by default; with the local residual where it reads both ways."""
 
     slug = "inline"
+    reads_grid = True
 
 
 @register_mixer
