@@ -276,14 +276,40 @@ def doctor(
     run(model, as_json=json)
 
 
+# Options that `headway train lm` and `headway train vit` share.
+Normalizer = Annotated[
+    str | None, typer.Option("--normalizer", help="What the softmax mixer does to its logits, such as softpick.")
+]
+Width = Annotated[int, typer.Option(help="Width of the model.")]
+Layers = Annotated[int, typer.Option(help="Its layers.")]
+Heads = Annotated[int, typer.Option(help="Its heads.")]
+Mlp = Annotated[str, typer.Option(help="swiglu, sglu, geglu, gelu, relu or none.")]
+Norm = Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
+Optimizer = Annotated[str, typer.Option(help="adamw, orthoadam or muon.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate.")]
+WeightDecay = Annotated[float, typer.Option(help="Of matrices; norms and biases do not decay.")]
+Warmup = Annotated[int | None, typer.Option(help="Steps of warm-up (default: a tenth, at most 100).")]
+Schedule = Annotated[str, typer.Option(help="cosine, wsd, linear or constant.")]
+Clip = Annotated[float, typer.Option(help="Largest norm of the gradient.")]
+Accumulate = Annotated[int, typer.Option(help="Batches per step.")]
+Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights, data and dropout.")]
+ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations (default: a tenth).")]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints (default: a tenth).")]
+Keep = Annotated[int, typer.Option(help="How many checkpoints stay.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile; reported.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in --out was ended.")]
+Out = Annotated[Path, typer.Option(help="Folder for model, log and checkpoints.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+
+
 @train_app.command("lm")
 def train_lm(
     mixer: Annotated[
         str, typer.Option(help="Name of a mixer, or several with commas, which repeat from layer to layer.")
     ] = "softmax",
-    normalizer: Annotated[
-        str | None, typer.Option("--normalizer", help="What the softmax mixer does to its logits, such as softpick.")
-    ] = None,
+    normalizer: Normalizer = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="Further options of the mixer: window=64. Repeatable.")
     ] = None,
@@ -296,29 +322,29 @@ def train_lm(
     ] = "default",
     tokenizer: Annotated[str, typer.Option(help="For texts: bytes, a folder, a hub id, or smollm2.")] = "bytes",
     tokens: Annotated[int, typer.Option(help="Length of a row.")] = 256,
-    width: Annotated[int, typer.Option(help="Width of the model.")] = 128,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Its heads.")] = 4,
-    mlp: Annotated[str, typer.Option(help="swiglu, sglu, geglu, gelu, relu or none.")] = "swiglu",
-    norm: Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")] = "rms",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
+    width: Width = 128,
+    layers: Layers = 4,
+    heads: Heads = 4,
+    mlp: Mlp = "swiglu",
+    norm: Norm = "rms",
+    steps: Steps = 500,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
-    optimizer: Annotated[str, typer.Option(help="adamw, orthoadam or muon.")] = "adamw",
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices; norms and biases do not decay.")] = 0.1,
-    warmup: Annotated[int | None, typer.Option(help="Steps of warm-up (default: a tenth, at most 100).")] = None,
-    schedule: Annotated[str, typer.Option(help="cosine, wsd, linear or constant.")] = "cosine",
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and dropout.")] = 0,
-    validate_every: Annotated[int | None, typer.Option(help="Steps between validations (default: a tenth).")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (default: a tenth).")] = None,
-    keep: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
-    compile: Annotated[bool, typer.Option("--compile", help="Through torch.compile; reported.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out was ended.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for model, log and checkpoints.")] = Path("train-out"),
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    optimizer: Optimizer = "adamw",
+    learning_rate: LearningRate = 1e-3,
+    weight_decay: WeightDecay = 0.1,
+    warmup: Warmup = None,
+    schedule: Schedule = "cosine",
+    clip: Clip = 1.0,
+    accumulate: Accumulate = 1,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    validate_every: ValidateEvery = None,
+    checkpoint_every: CheckpointEvery = None,
+    keep: Keep = 2,
+    compile: Compile = False,
+    resume: Resume = False,
+    out: Out = Path("train-out"),
+    json: Json = False,
 ) -> None:
     """Train a causal language model of any mixer; `headway look OUT` then reads it."""
     from headway.lab.train_command import Course, Shape
@@ -342,9 +368,7 @@ def train_vit(
     mixer: Annotated[
         str, typer.Option(help="Name of a mixer that reads both ways, or several with commas.")
     ] = "softmax",
-    normalizer: Annotated[
-        str | None, typer.Option("--normalizer", help="What the softmax mixer does to its logits, such as softpick.")
-    ] = None,
+    normalizer: Normalizer = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="Further options of the mixer: name=value. Repeatable.")
     ] = None,
@@ -352,29 +376,29 @@ def train_vit(
     patch: Annotated[int, typer.Option(help="Pixels of a side of a patch.")] = 1,
     shift: Annotated[int, typer.Option(help="Move images by up to so many pixels at random.")] = 0,
     held_out: Annotated[float, typer.Option(help="Share of the images for validation.")] = 0.25,
-    width: Annotated[int, typer.Option(help="Width of the model.")] = 32,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 2,
-    heads: Annotated[int, typer.Option(help="Its heads.")] = 4,
-    mlp: Annotated[str, typer.Option(help="swiglu, sglu, geglu, gelu, relu or none.")] = "gelu",
-    norm: Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")] = "layer",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
+    width: Width = 32,
+    layers: Layers = 2,
+    heads: Heads = 4,
+    mlp: Mlp = "gelu",
+    norm: Norm = "layer",
+    steps: Steps = 300,
     batch: Annotated[int, typer.Option(help="Images of a batch.")] = 64,
-    optimizer: Annotated[str, typer.Option(help="adamw, orthoadam or muon.")] = "adamw",
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices; norms and biases do not decay.")] = 0.05,
-    warmup: Annotated[int | None, typer.Option(help="Steps of warm-up (default: a tenth, at most 100).")] = None,
-    schedule: Annotated[str, typer.Option(help="cosine, wsd, linear or constant.")] = "cosine",
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 5.0,
-    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and dropout.")] = 0,
-    validate_every: Annotated[int | None, typer.Option(help="Steps between validations (default: a tenth).")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (default: a tenth).")] = None,
-    keep: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
-    compile: Annotated[bool, typer.Option("--compile", help="Through torch.compile; reported.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out was ended.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for model, log and checkpoints.")] = Path("train-out"),
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    optimizer: Optimizer = "adamw",
+    learning_rate: LearningRate = 3e-3,
+    weight_decay: WeightDecay = 0.05,
+    warmup: Warmup = None,
+    schedule: Schedule = "cosine",
+    clip: Clip = 5.0,
+    accumulate: Accumulate = 1,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    validate_every: ValidateEvery = None,
+    checkpoint_every: CheckpointEvery = None,
+    keep: Keep = 2,
+    compile: Compile = False,
+    resume: Resume = False,
+    out: Out = Path("train-out"),
+    json: Json = False,
 ) -> None:
     """Train an image classifier of any mixer that reads both ways."""
     from headway.lab.train_command import Course, Shape

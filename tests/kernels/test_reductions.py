@@ -28,7 +28,24 @@ def left_padding(batch: int, keys: int) -> torch.Tensor:
     return mask
 
 
+class Decaying:
+    """Signed weights that fall with the distance; rows sum to anything."""
+
+    name, whole = "decaying", False
+
+    def __call__(self, logits, visible, *, positions, query, key):
+        assert key.shape[2] == logits.shape[-1]
+        assert query.shape[2] == positions.numel()
+        distance = (positions[:, None] - torch.arange(logits.shape[-1])).abs()
+        return torch.where(visible, logits * 0.9**distance, 0.0)
+
+
 CALLS = {
+    "weighed": {"causal": True, "weighing": Decaying()},
+    "weighed and packed": {
+        "mask": torch.block_diag(torch.ones(6, 6), torch.ones(7, 7)).bool().tril()[None, None],
+        "weighing": Decaying(),
+    },
     "causal": {"causal": True},
     "bidirectional": {},
     "sliding": {"mask": torch.ones(1, 1, 13, 13, dtype=torch.bool).tril().triu(-4)},
@@ -51,6 +68,15 @@ def test_block_form_equals_reduction_of_the_full_matrix(call, block):
         torch.testing.assert_close(
             fast[name].float(), full[name].float(), rtol=1e-4, atol=2e-5, equal_nan=True, msg=name
         )
+
+
+def test_the_largest_of_negative_weights_is_a_visible_key():
+    query, key = torch.ones(1, 1, 5, 4), -torch.ones(1, 1, 5, 4)
+    for mode in ("block", "reference"):
+        found = reduce_attention(query, key, ["argmax", "top"], causal=True, weighing=Decaying(), top=2, mode=mode)
+        assert found["argmax"][0, 0].tolist() == [0, 0, 0, 0, 0], "the furthest is the least negative"
+        assert found["top_index"][0, 0].tolist() == [[0, -1], [0, 1], [0, 1], [0, 1], [0, 1]]
+        assert bool((found["top"][0, 0, 1:] < 0).all())
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

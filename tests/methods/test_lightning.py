@@ -214,12 +214,14 @@ class TestDoor:
         assert bool((calls[0][0] < 0).any())
 
     @torch.no_grad()
-    def test_tokens_behind_a_filled_state_are_not_weighed_and_that_is_said(self):
+    def test_tokens_behind_a_filled_state_are_not_weighed_and_that_is_reported(self):
         host, seen = model(mixer=["lightning", "softmax", "lightning"], mixer_options={}), Seen()
         cache = host(input_ids=torch.arange(8)[None], use_cache=True).past_key_values
-        with headway.observe(host, seen), pytest.warns(UserWarning, match="filled state"):
+        with headway.observe(host, seen) as handle:
             host(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
         assert [weights.shape[-1] for weights, _ in seen.result()] == [9], "the softmax layer alone"
+        past = {row["layer"] for row in handle.report() if any("past the door" in path for path in row["paths"])}
+        assert past == {0, 2}
 
 
 class TestModel:

@@ -9,7 +9,7 @@ import torch
 
 import headway
 from headway.door import Editor, HeadGate, Selector, Window
-from headway.errors import HostError
+from headway.errors import HostError, InterceptionError
 from headway.models import HeadwayConfig, HeadwayForCausalLM
 
 OWN_WEIGHTS = [
@@ -81,6 +81,58 @@ class TestOwnWeights:
         with headway.use(model, HeadGate({(0, 1): 0.0})), headway.capture(model, what=("head_output",)) as captured:
             model(ids())
         assert not bool(captured.result()[0]["head_output"][:, 1].any())
+
+
+RECURRENT = ["lightning", "inline", "linear"]
+
+
+@pytest.mark.parametrize("mixer", RECURRENT)
+@torch.no_grad()
+class TestFilledStates:
+    """Behind a filled state a recurrence has no keys: observers miss its tokens and say so, methods refuse."""
+
+    def test_generating_is_observed_up_to_the_prompt(self, mixer):
+        model = model_of(mixer)
+        expected = model.generate(ids(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        with headway.capture(model, what=("entropy",)) as captured:
+            found = model.generate(ids(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert torch.equal(found, expected)
+        assert captured.result()[0]["entropy"].shape[2] == 12
+        for row in captured.report():
+            assert row["calls"] == 3
+            assert sum(count for path, count in row["paths"].items() if "past the door" in path) == 2
+
+    def test_a_method_that_acts_is_refused_there(self, mixer):
+        model = model_of(mixer)
+        with headway.use(model, HeadGate({(0, 1): 0.0})):
+            model(ids())
+            with pytest.raises(InterceptionError, match="use_cache=False"):
+                model.generate(ids(), max_new_tokens=2, do_sample=False, pad_token_id=0)
+            model.generate(ids(), max_new_tokens=2, do_sample=False, pad_token_id=0, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_decoding_step_of_stored_keys_is_observed_with_its_own_key():
+    model = model_of("softmax")
+    cache = model(ids(), use_cache=True).past_key_values
+    with headway.capture(model, what=("weights", "value", "head_output")) as captured:
+        model(ids(1), past_key_values=cache, use_cache=True)
+    for site in captured.result():
+        call = captured.result().calls(site)[0]
+        assert call["weights"].shape[-1] == 13
+        torch.testing.assert_close(call["weights"] @ call["value"], call["head_output"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(2, 3), (3, 2), (1, 6), (6, 6)])
+@torch.no_grad()
+def test_keys_and_values_of_any_heads_pass_the_door(key_heads, value_heads):
+    torch.manual_seed(0)
+    options = {"key_heads": key_heads, "value_heads": value_heads}
+    config = HeadwayConfig(vocab_size=97, width=48, layers=1, heads=6, mixer="diffqkv", mixer_options=options)
+    model = HeadwayForCausalLM(config).eval()
+    before = model(ids()).logits
+    with headway.use(model, Near(window=12)):
+        torch.testing.assert_close(model(ids()).logits, before, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

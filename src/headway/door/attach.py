@@ -397,6 +397,31 @@ class Door:
         return self.sites[name, turn]
 
 
+def pass_by(module: nn.Module) -> None:
+    """Notes, with the scopes that are open, a call of one of Headway's own modules that has no keys to weigh.
+
+    Raises InterceptionError where a method was to change it."""
+    door = _MODULE_DOORS.get(module, lambda: None)()
+    if door is None or door.probe is not None:
+        return
+    local = door._local
+    if getattr(local, "fired", None) is None:
+        local.fired = defaultdict(int)
+    local.fired[module] += 1
+    site = door.sites.get((door.modules.get(module, ""), 0))
+    if site is None:
+        return
+    for handle in door.handles:
+        for stage in handle.acting(site):
+            if isinstance(stage, Selector | Editor):
+                raise InterceptionError(
+                    f"{stage.title} at {site.name}: got tokens behind a filled state, whose earlier keys are sums by "
+                    "now, expected a text from its first token on. Run it without a cache (use_cache=False)."
+                )
+        if handle.acting(site):
+            handle.note(site, "past the door: its keys are sums in a state", 1.0, 0.0, 0.0)
+
+
 class _Dispatch:
     """The function behind a `DoorName`: finds the door of the module that calls, or steps aside."""
 

@@ -12,6 +12,7 @@ a document begins is part of the operation:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -120,6 +121,11 @@ class Mixer(nn.Module):
             f"tokens: got a request to take back {tokens} tokens of {self.slug}, whose state cannot be unlearned. "
             "Keep a copy of the state, or generate without assisted decoding."
         )
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The constructor options beside width, heads, layer and layers."""
+        return [name for name in inspect.signature(cls).parameters if name not in ("width", "heads", "layer", "layers")]
 
     @classmethod
     def example(cls, **changes: Any) -> Mixer:

@@ -7,6 +7,7 @@ sees an ordinary `AttentionCall`, whose `weighing` says how its logits become we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headway.door.adapter import PREFIX, DoorName
+from headway.door.attach import pass_by
 from headway.kernels.weighing import Weighing
 
 IMPLEMENTATION = "headway"
@@ -84,6 +86,13 @@ class Attend(nn.Module):
         """Whether a scope is open, so that calls meet its stages."""
         return isinstance(self.config._attn_implementation, DoorName)
 
+    def skip(self) -> None:
+        """Says that a call runs past the door, as its earlier keys are sums in a state by now and have no weights.
+
+        The reports of open scopes tell so. Raises InterceptionError where a method was to act on the call."""
+        if self.watched:
+            pass_by(self)
+
     def forward(
         self,
         query: Float[Tensor, "batch heads queries dim"],
@@ -105,8 +114,7 @@ class Attend(nn.Module):
         output, _ = function(
             self,
             query,
-            _repeated(key, value),
-            _repeated(value, key),
+            *_matched(key, value),
             visible,
             scaling=self.scaling,
             is_causal=square,
@@ -118,7 +126,8 @@ class Attend(nn.Module):
         return output.transpose(1, 2)
 
 
-def _repeated(x: Tensor, other: Tensor) -> Tensor:
-    """x with as many heads as the other has, where keys and values differ: for observers only, never stored."""
-    times = other.shape[1] // x.shape[1]
-    return x.repeat_interleave(times, 1) if times > 1 else x
+def _matched(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the least number of heads that the heads of either divide: for the door only, never stored."""
+    heads = math.lcm(key.shape[1], value.shape[1])
+    key, value = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    return key, value

@@ -90,6 +90,10 @@ class Block:
             return (self.columns() <= self.positions[:, None])[None, None]
         return torch.ones(1, 1, self.rows.numel(), self.weights.shape[-1], dtype=torch.bool, device=self.weights.device)
 
+    def ranked(self) -> Float[Tensor, "batch heads rows keys"]:
+        """The weights for finding the largest: where they may be negative, what is not visible stands below them."""
+        return self.weights.masked_fill(~self.visible(), -torch.inf) if self.weighed else self.weights
+
     def nan_empty(self, statistic: Tensor) -> Tensor:
         if self.empty is None:
             return statistic
@@ -364,7 +368,7 @@ class _Distance(_Reducer):
 
 class _ArgMax(_Reducer):
     def update(self, block: Block) -> None:
-        found = block.weights.argmax(-1)
+        found = block.ranked().argmax(-1)
         self.parts.append(found if block.empty is None else found.masked_fill(block.empty, -1))
 
 
@@ -449,10 +453,11 @@ class _Top(_Reducer):
         self.indices: list[Tensor] = []
 
     def update(self, block: Block) -> None:
-        found = block.weights.topk(min(self.top, block.weights.shape[-1]), dim=-1)
+        found = block.ranked().topk(min(self.top, block.weights.shape[-1]), dim=-1)
         missing = min(self.top, self.keys) - found.values.shape[-1]
-        self.parts.append(block.nan_empty(torch.nn.functional.pad(found.values, (0, missing))))
-        hidden = found.values <= 0
+        hidden = found.values == -torch.inf if block.weighed else found.values <= 0
+        values = found.values.masked_fill(hidden, 0.0)
+        self.parts.append(block.nan_empty(torch.nn.functional.pad(values, (0, missing))))
         self.indices.append(torch.nn.functional.pad(found.indices.masked_fill(hidden, -1), (0, missing), value=-1))
 
 
@@ -548,16 +553,19 @@ def _reference(
         bins = _distance_bin(gap)
         return torch.stack([(weights * counts * (bins == b)).sum((2, 3)) for b in range(distance_bins(keys))], -1)
 
+    ranked = weights if weighing is None else weights.masked_fill(~seen, -torch.inf)
+
     def largest() -> tuple[Tensor, Tensor]:
-        found = weights.topk(min(top, keys), dim=-1)
-        return nan(found.values), found.indices.masked_fill(found.values <= 0, -1)
+        found = ranked.topk(min(top, keys), dim=-1)
+        hidden = found.values <= 0 if weighing is None else found.values == -torch.inf
+        return nan(found.values.masked_fill(hidden, 0.0)), found.indices.masked_fill(hidden, -1)
 
     forms: dict[str, Callable[[], Tensor]] = {
         "received": lambda: (weights * counts).sum(2),
         "visible": lambda: (seen * counts).expand(batch, heads, rows, keys).sum(2),
         "entropy": lambda: nan(torch.special.entr(weights).sum(-1) if weighing is None else weighed_entropy(weights)),
         "distance": lambda: nan((weights * gap).sum(-1)),
-        "argmax": lambda: weights.argmax(-1).masked_fill(empty, -1),
+        "argmax": lambda: ranked.argmax(-1).masked_fill(empty, -1),
         "first": lambda: nan(weights[..., 0]),
         "previous": lambda: nan((weights * (column == position - 1)).sum(-1)).masked_fill(
             position[:, 0] < 1, torch.nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -191,7 +190,7 @@ def model_parts(shape: Shape) -> dict[str, Any]:
         )
     if shape.heads < 1 or shape.width % shape.heads:
         raise ArgumentError(f"--heads: got {shape.heads}, expected a number that divides the width {shape.width}.")
-    accepted = {name: set(inspect.signature(known[name]).parameters) for name in names}
+    accepted = {name: set(known[name].option_names()) for name in names}
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     given = dict(parse_option(text) for text in shape.options)
     if shape.normalizer is not None:
@@ -202,12 +201,12 @@ def model_parts(shape: Shape) -> dict[str, Any]:
         takers = [name for name in names if option in accepted[name]]
         if not takers:
             if option == "normalizer" and shape.normalizer is not None:
-                able = sorted(name for name, cls in known.items() if option in inspect.signature(cls).parameters)
+                able = sorted(name for name, cls in known.items() if option in cls.option_names())
                 raise ArgumentError(
                     f"--normalizer: got {value!r}, expected a mixer that has one: {', '.join(able)}. {shape.mixer} has "
                     "none; leave it out."
                 )
-            valid = sorted(set().union(*accepted.values()) - {"self", "width", "heads", "layer", "layers"})
+            valid = sorted(set().union(*accepted.values()))
             raise unknown("--option", option, valid, fix=f"These are those of {', '.join(dict.fromkeys(names))}.")
         for name in takers:
             options[name][option] = value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from typing import Any
 
@@ -30,8 +29,7 @@ def build_mixer(slug: str, width: int, heads: int, layer: int, layers: int, opti
     """The mixer of one layer. Raises ArgumentError for a name or an option that it does not have."""
     mixers()
     cls = registered_mixer(slug)
-    known = [name for name in inspect.signature(cls).parameters if name not in ("self", "width", "heads", "layer")]
     for name in options:
-        if name not in known:
-            raise unknown(f"mixer_options of {slug}", name, known)
+        if name not in cls.option_names():
+            raise unknown(f"mixer_options of {slug}", name, cls.option_names())
     return cls(width, heads=heads, layer=layer, layers=layers, **options)

@@ -140,7 +140,9 @@ class FeatureMixer(Mixer):
             block=self.block,
             mode=mode,
         )
-        if state is None or not bool(state.seen.any()):
+        if state is not None and bool(state.seen.any()):
+            self.attend.skip()
+        else:
             output = self.attend(query, key, value, native=lambda: output, visible=_visible(mask, resets, query, True))
         if state is None:
             return output, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -202,14 +201,10 @@ class Lightning(Mixer):
         state: State | None,
         native: Callable[[], Tensor],
     ) -> Float[Tensor, "batch heads tokens value_dim"]:
-        observed = self.attend.watched
         continued = state is not None and bool(state.seen.any())
-        if observed and continued:
-            warnings.warn(
-                "lightning: tokens behind a filled state have no keys to weigh; what is attached does not meet them.",
-                stacklevel=3,
-            )
-        if not observed or continued or query.shape[2] == 0:
+        if continued:
+            self.attend.skip()
+        if continued or not self.attend.watched or query.shape[2] == 0:
             return native()
         visible, at = None, None
         if mask is not None or resets is not None:

@@ -22,7 +22,7 @@ from headway.kernels.document_chunks import document_chunks
 from headway.kernels.memory_net import MemoryState
 from headway.kernels.rope import rope_frequencies, rotate
 from headway.methods.layers.titans.joins import Join
-from headway.methods.layers.titans.memory import MemoryOptions, MemoryTrace, NeuralMemory, Tensors, split, unpack
+from headway.methods.layers.titans.memory import MemoryTrace, NeuralMemory, Tensors, split, unpack
 from headway.methods.layers.titans.mixers import TitansMixer, named
 from headway.methods.layers.titans.window import PERSISTENT_STD, ROPE_BASE
 
@@ -57,37 +57,13 @@ class TitansMAC(TitansMixer):
         memory_query: str = "learned",
         memory_tokens: int = 16,
         join: str = "gate",
-        depth: int = 2,
-        expansion: float = 4.0,
-        chunk: int = 16,
-        conv: int = 4,
-        gate_granularity: str = "scalar",
-        read: str = "after",
-        stability: str = "chunk",
-        step: float = 1.0,
-        clip: float | None = None,
-        residual: bool | None = None,
-        momentum: bool = True,
-        forgetting: bool = True,
+        **memory: Any,
     ) -> None:
         super().__init__(width, heads=heads, layer=layer, layers=layers, causal=causal)
-        options = MemoryOptions(
-            depth=depth,
-            expansion=expansion,
-            chunk=chunk,
-            conv=conv,
-            gate_granularity=gate_granularity,
-            read=read,
-            stability=stability,
-            step=step,
-            clip=clip,
-            residual=residual,
-            momentum=momentum,
-            forgetting=forgetting,
-        )
+        options = self.memory_options(memory)
         self.memory = NeuralMemory(width, heads, options)
         asks = memory_query if causal else "self"
-        self.segment = _Segment(width, heads, segment, persistent, asks, memory_tokens, layer, chunk, causal)
+        self.segment = _Segment(width, heads, segment, persistent, asks, memory_tokens, layer, options.chunk, causal)
         self.join = Join(width, join)
         self.out = nn.Linear(width, width, bias=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from headway.door.mixer import Mixer, State, check_inputs, document_positions, register_mixer, steps
+from headway.errors import unknown
 from headway.methods.layers.titans.joins import EPSILON, Join
 from headway.methods.layers.titans.memory import MemoryOptions, MemoryTrace, NeuralMemory, Tensors
 from headway.methods.layers.titans.window import WindowAttention
@@ -22,6 +24,18 @@ class TitansMixer(Mixer):
     ones."""
 
     parts: tuple[str, ...] = ("memory",)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [name for name in super().option_names() if name != "memory"] + [f.name for f in fields(MemoryOptions)]
+
+    @classmethod
+    def memory_options(cls, given: dict[str, Any]) -> MemoryOptions:
+        """The options of the memory among those of the constructor. Raises ArgumentError for one that nobody has."""
+        for name in given:
+            if name not in cls.option_names():
+                raise unknown(f"options of {cls.slug}", name, cls.option_names())
+        return MemoryOptions(**given)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -127,34 +141,10 @@ class TitansLMM(TitansMixer):
         heads: int,
         layer: int = 0,
         layers: int = 1,
-        depth: int = 2,
-        expansion: float = 4.0,
-        chunk: int = 16,
-        conv: int = 4,
-        gate_granularity: str = "scalar",
-        read: str = "after",
-        stability: str = "chunk",
-        step: float = 1.0,
-        clip: float | None = None,
-        residual: bool | None = None,
-        momentum: bool = True,
-        forgetting: bool = True,
+        **memory: Any,
     ) -> None:
         super().__init__(width, heads=heads, layer=layer, layers=layers)
-        options = MemoryOptions(
-            depth=depth,
-            expansion=expansion,
-            chunk=chunk,
-            conv=conv,
-            gate_granularity=gate_granularity,
-            read=read,
-            stability=stability,
-            step=step,
-            clip=clip,
-            residual=residual,
-            momentum=momentum,
-            forgetting=forgetting,
-        )
+        options = self.memory_options(memory)
         self.memory = NeuralMemory(width, heads, options)
         self.readout = _Readout(width)
 
@@ -187,34 +177,10 @@ class TitansMAG(TitansMixer):
         window: int = 256,
         persistent: int = 4,
         join: str = "gate",
-        depth: int = 2,
-        expansion: float = 4.0,
-        chunk: int = 16,
-        conv: int = 4,
-        gate_granularity: str = "scalar",
-        read: str = "after",
-        stability: str = "chunk",
-        step: float = 1.0,
-        clip: float | None = None,
-        residual: bool | None = None,
-        momentum: bool = True,
-        forgetting: bool = True,
+        **memory: Any,
     ) -> None:
         super().__init__(width, heads=heads, layer=layer, layers=layers)
-        options = MemoryOptions(
-            depth=depth,
-            expansion=expansion,
-            chunk=chunk,
-            conv=conv,
-            gate_granularity=gate_granularity,
-            read=read,
-            stability=stability,
-            step=step,
-            clip=clip,
-            residual=residual,
-            momentum=momentum,
-            forgetting=forgetting,
-        )
+        options = self.memory_options(memory)
         self.memory = NeuralMemory(width, heads, options)
         self.attention = WindowAttention(width, heads, window=window, persistent=persistent, layer=layer)
         self.join = Join(width, join)
@@ -250,34 +216,10 @@ class TitansMAL(TitansMixer):
         layers: int = 1,
         window: int = 256,
         persistent: int = 4,
-        depth: int = 2,
-        expansion: float = 4.0,
-        chunk: int = 16,
-        conv: int = 4,
-        gate_granularity: str = "scalar",
-        read: str = "after",
-        stability: str = "chunk",
-        step: float = 1.0,
-        clip: float | None = None,
-        residual: bool | None = None,
-        momentum: bool = True,
-        forgetting: bool = True,
+        **memory: Any,
     ) -> None:
         super().__init__(width, heads=heads, layer=layer, layers=layers)
-        options = MemoryOptions(
-            depth=depth,
-            expansion=expansion,
-            chunk=chunk,
-            conv=conv,
-            gate_granularity=gate_granularity,
-            read=read,
-            stability=stability,
-            step=step,
-            clip=clip,
-            residual=residual,
-            momentum=momentum,
-            forgetting=forgetting,
-        )
+        options = self.memory_options(memory)
         self.memory = NeuralMemory(width, heads, options)
         self.readout = _Readout(width)
         self.norm = nn.RMSNorm(width, eps=EPSILON)
