@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("headway", "torch", "transformers", "numpy", "scipy")
+PACKAGES = ("headway", "transformers", "numpy", "scipy")
 
 
 def environment() -> dict[str, Any]:
@@ -22,6 +22,8 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),
+        # The package's own word names the build (CPU, CUDA), its metadata does not always.
+        "torch": str(torch.__version__),
         **{name: _version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),

@@ -43,8 +43,8 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 #: What had been seen before the arms were what they are.
 MORE_SEEDS = (
-    "The arms linear and inline on digits have eight seeds where a first run had four: the number was raised after that "
-    "run had been seen."
+    "The arms linear and inline on digits have eight seeds where a first run had four: the number was raised after that"
+    " run had been seen."
 )
 NO_ROTATION = (
     "In a first run, whose numbers were seen, the softmax baseline turned queries and keys by position (RoPE); it was "
