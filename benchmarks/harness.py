@@ -26,10 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from headway.errors import ArgumentError
-from headway.evidence.criteria import Measurement, number
 from headway.evidence.environment import environment
-from headway.evidence.statistics import bootstrap_ratio
 from headway.files import write_atomically
+from headway.statistics import Measurement, bootstrap_ratio, number
 
 log = logging.getLogger(__name__)
 

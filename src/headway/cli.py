@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from headway.diagnose.cli import app as diagnose_app
+
 app = typer.Typer(
     name="headway",
     help="See what attention does in a real model, change it, train new kinds of it, and test what papers claim.",
@@ -24,6 +26,7 @@ data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 lab_app = typer.Typer(help="Train small models that differ in one thing, and compare them.", no_args_is_help=True)
 app.add_typer(lab_app, name="lab")
+app.add_typer(diagnose_app, name="diagnose")
 
 
 class Size(StrEnum):

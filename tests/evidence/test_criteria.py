@@ -25,7 +25,7 @@ from headway.evidence import (
     ratio_at_least,
     ratio_at_most,
 )
-from headway.evidence.criteria import number
+from headway.statistics import number
 
 HOLDS, FAILS, INCONCLUSIVE = Verdict.HOLDS, Verdict.FAILS, Verdict.INCONCLUSIVE
 quick = settings(max_examples=60, deadline=None)

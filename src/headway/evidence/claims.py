@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headway.errors import ArgumentError, HeadwayError
-from headway.evidence.criteria import Criterion, Measurement, Verdict
+from headway.evidence.criteria import Criterion, Verdict
 from headway.evidence.data import plain
+from headway.statistics import Measurement
 
 RESERVED = ("measured", "baseline")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")

@@ -14,9 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from headway.errors import ArgumentError
 from headway.evidence.claims import Claim
-from headway.evidence.criteria import Measurement, Verdict
+from headway.evidence.criteria import Verdict
 from headway.evidence.run import Run
 from headway.files import write_atomically
+from headway.statistics import Measurement
 
 TITLE = "Evidence"
 INTRODUCTION = (

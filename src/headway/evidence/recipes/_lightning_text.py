@@ -22,8 +22,8 @@ HELD_OUT = 0.1
 
 def languages(context: Context) -> dict[str, Any]:
     """Validation loss in nats per byte of every arm and seed, and the entropy of the bytes themselves."""
-    width, layers, steps = context.choose(smoke=(16, 1, 3), small=(64, 3, 250), full=(512, 12, 20_000))
-    batch, tokens = context.choose(smoke=(2, 32), small=(16, 128), full=(64, 1024))
+    width, layers, steps = context.choose(smoke=(16, 1, 3), small=(64, 3, 200), full=(512, 12, 20_000))
+    batch, tokens = context.choose(smoke=(2, 32), small=(8, 128), full=(64, 1024))
     count, windows = context.choose(smoke=(2, 4), small=(3, 160), full=(5, 40))
     data = torch.tensor(list(default_text().text.encode()), dtype=torch.long)
     cut = int(len(data) * (1 - HELD_OUT))

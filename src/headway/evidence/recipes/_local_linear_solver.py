@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most
+from headway.evidence.criteria import all_of, at_least, at_most
 from headway.evidence.recipe import Context
 from headway.kernels.local_linear import fit_local_linear, local_linear_attention
+from headway.statistics import Measurement
 
 CONDITIONS = tuple((kind, ridge) for kind in ("raw", "unit") for ridge in (1e-3, 1e-2, 1e-1, 1.0))
 

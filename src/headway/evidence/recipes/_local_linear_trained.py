@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headway.evidence.criteria import Measurement
 from headway.models import HeadwayConfig, HeadwayForCausalLM
 from headway.models.mixers import build_mixer
+from headway.statistics import Measurement
 from headway.train import train
 from headway.train.generated import StateTracking, score
 from headway.train.losses import Loss
@@ -114,6 +114,6 @@ def _loss(model: nn.Module, batch: Any) -> Loss:
 
 def mean_of(values: list[float], generator: Any, seeds: list[int]) -> Measurement:
     """The mean over seeds with its interval."""
-    from headway.evidence.statistics import bootstrap
+    from headway.statistics import bootstrap
 
     return bootstrap(values, generator=generator, seeds=seeds)

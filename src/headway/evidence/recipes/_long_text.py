@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headway.evidence.criteria import Measurement
 from headway.evidence.recipe import Context
-from headway.evidence.statistics import bootstrap_difference
+from headway.statistics import Measurement, bootstrap_difference
 
 #: Neighbouring tokens are not independent draws; blocks of so many nearly are.
 BLOCK = 64

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from headway.door import use
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context
-from headway.evidence.statistics import bootstrap, bootstrap_difference, proportion
 from headway.methods.long_context.tappa import (
     TappaEviction,
     measure_layers,
@@ -26,6 +25,7 @@ from headway.methods.long_context.tappa import (
     without_attention,
     without_blocks,
 )
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, proportion
 
 #: Block influence and query similarity of Llama-2-7B and its order at β = 0.2, published with the code.
 INFLUENCE = (

@@ -22,12 +22,12 @@ from headway.door import observe, use
 from headway.door.call import AttentionCall
 from headway.door.stages import Observer
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _act_toy as toy
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_over_seeds, proportion
 from headway.methods.sinks.act import ACT, BETA, candidate_heads, search_heads, split_items
 from headway.methods.sinks.act.scoring import ChoiceScore, HiddenSinks
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_over_seeds, proportion
 from headway.tasks.choice import TASKS, Question, make_questions
 
 BETAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, between, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, between, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._affine_toys import (
     LM_ARMS,
@@ -31,7 +31,7 @@ from headway.evidence.recipes._affine_toys import (
     uniform_first_share,
     unigram_entropy,
 )
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.tasks.trigger_averaging import STEPS
 
 #: A base model whose loss is not below this share of the unigram entropy has learned too little to compare arms on.

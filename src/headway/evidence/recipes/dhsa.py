@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, between, interval_excludes
+from headway.evidence.criteria import all_of, at_least, between, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _dhsa_planted as planted
 from headway.evidence.recipes import _dhsa_text as text
 from headway.evidence.recipes._dhsa_planted import BUDGETS, LONG, SHORT, SLACK, WEAK, WEAKER
 from headway.evidence.recipes._dhsa_text import OTHERS
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
 
 CRITERIA = {
     "segments": all_of(

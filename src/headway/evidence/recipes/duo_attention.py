@@ -32,13 +32,13 @@ from headway.evidence.criteria import (
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _planted_retrieval as planted
 from headway.evidence.recipes._duo_toy import RANDOM_DRAWS, toy_run
-from headway.evidence.statistics import bootstrap, bootstrap_difference, proportion, rank_correlation
 from headway.methods.long_context.duo_attention import (
     DuoAttention,
     PasskeyData,
     learn_gates,
     score_heads,
 )
+from headway.statistics import bootstrap, bootstrap_difference, proportion, rank_correlation
 
 #: Share of streaming heads in the claims on real models: what the paper uses for models with grouped queries.
 SPARSITY = 0.5

@@ -29,11 +29,11 @@ from headway.door.selection import BlockMask, Blocks, Dense, Selection, Window
 from headway.door.stages import Observer, Selector
 from headway.errors import unknown
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio, proportion
 from headway.kernels.rope import rope_frequencies, rotate
 from headway.methods.long_context.flexprefill import FlexPrefill
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio, proportion
 from headway.tasks.fidelity import Fidelity, fidelity
 
 KINDS = ("topic", "vertical", "noisy local", "clean local", "isotropic")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, at_least, at_most, between, interval_excludes
+from headway.evidence.criteria import at_least, at_most, between, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._infiniretri_measures import (
     SIGNAL,
@@ -30,7 +30,7 @@ from headway.evidence.recipes._infiniretri_measures import (
     measure_two_hops,
     real_host,
 )
-from headway.evidence.statistics import bootstrap, bootstrap_difference, proportion, rank_correlation
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, proportion, rank_correlation
 
 CRITERIA = {
     "planted-flat": at_least(0.95, minimum_n=40, label="needles kept"),

@@ -23,13 +23,13 @@ from torch.nn.functional import cosine_similarity, interpolate, normalize, scale
 from torch.utils.flop_counter import FlopCounterMode
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._inline_toys import ARMS, edges, image_set, trained
-from headway.evidence.statistics import bootstrap, bootstrap_difference, proportion
 from headway.kernels.feature_rules import INLINE, Rule, feature_weights
 from headway.kernels.inline import inline_attention
 from headway.methods.layers.inline import LocalityObserver, MaskTokens, injectivity, same_row_query
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, proportion
 from headway.train.images import Images
 
 #: The steps of the sheet's fixed budget, and of the longer one.

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, between, equals, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, between, equals, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _lightning_costs as costs
 from headway.evidence.recipes import _lightning_text as text
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
 
 #: A softmax model that stays above this share of the unigram cross-entropy has not learned to read.
 LEARNED = 0.9

@@ -26,7 +26,7 @@ from headway.evidence.criteria import (
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _local_linear_solver as solver
 from headway.evidence.recipes import _local_linear_trained as toys
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
+from headway.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.tasks.piecewise_regression import (
     Regression,
     linear_attention_estimate,

@@ -27,9 +27,8 @@ from headway.door.selection import BlockMask, Blocks, Selection, Window
 from headway.door.stages import Selector
 from headway.errors import ArgumentError
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
-from headway.evidence.statistics import bootstrap, bootstrap_difference
 from headway.methods.long_context.power_attention import (
     PATTERNS,
     PowerAttention,
@@ -41,6 +40,7 @@ from headway.methods.long_context.power_attention import (
     reach,
     reached,
 )
+from headway.statistics import Measurement, bootstrap, bootstrap_difference
 
 #: Layers after which the last of so many blocks reaches all, with 5 local blocks and a sink; beside a window of 10.
 HOPS = {64: (5, 7), 128: (6, 14), 256: (7, 29), 512: (8, 57)}

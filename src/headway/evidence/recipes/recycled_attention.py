@@ -24,7 +24,7 @@ from headway.door.attach import observe, use
 from headway.door.call import AttentionCall
 from headway.door.stages import CachePolicy, Observer
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._long_text import host_and_text, no_gpu, perplexity_of, perplexity_ratio
 from headway.evidence.recipes._recycled_toys import (
@@ -40,7 +40,6 @@ from headway.evidence.recipes._recycled_toys import (
     chains,
     planted_drift,
 )
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.kernels.head_scores import streaming_mass
 from headway.methods.long_context.recycled_attention import (
     RecycledAttention,
@@ -48,6 +47,7 @@ from headway.methods.long_context.recycled_attention import (
     recovered_mass,
 )
 from headway.methods.sinks.streaming_llm import StreamingLLM
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.tasks.perplexity import negative_log_likelihood
 
 #: Keys of the context per key of the budget: the paper reads 2,048 of 16,384.

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from headway.door import capture
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, between, equals
+from headway.evidence.criteria import all_of, at_least, at_most, between, equals
 from headway.evidence.recipe import Context, Recipe
-from headway.evidence.statistics import bootstrap, bootstrap_ratio
 from headway.methods.sinks.secondary_sinks import (
     LevelTable,
     Primary,
@@ -39,6 +38,7 @@ from headway.methods.sinks.secondary_sinks import (
 )
 from headway.methods.sinks.secondary_sinks.detection import MIN_JUMP
 from headway.methods.sinks.secondary_sinks.stream import Scan
+from headway.statistics import Measurement, bootstrap, bootstrap_ratio
 from headway.tasks.planted_sinks import ORDINARY, VOCABULARY, PlantedSinks, planted_sinks
 
 #: Lifetimes, in layers, whose norms are swept: eight that fit between the first creation layer and the range's end.

@@ -22,11 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import headway
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, equals, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, equals, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _sigma_training as training
 from headway.evidence.recipes._long_text import host_and_text, no_gpu, perplexity_of, perplexity_ratio
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.kernels.unequal import unequal_attention
 from headway.methods.layers.diffqkv import (
     CoveredMass,
@@ -36,6 +35,7 @@ from headway.methods.layers.diffqkv import (
     break_even_tokens,
     convert,
 )
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.tasks.aimicius import TASKS, evaluate, gold_answers
 from headway.tasks.perplexity import negative_log_likelihood, perplexity
 

@@ -18,9 +18,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, between, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, between, interval_excludes
 from headway.evidence.recipe import Context, Recipe
-from headway.evidence.statistics import bootstrap, bootstrap_ratio
 from headway.methods.sinks.sink_emergence import (
     EPSILON,
     NO_SINK,
@@ -29,6 +28,7 @@ from headway.methods.sinks.sink_emergence import (
     uniform_alpha,
     verdict,
 )
+from headway.statistics import Measurement, bootstrap, bootstrap_ratio
 from headway.tasks.trigger_averaging import NORMALIZERS, STEPS, run_trigger_averaging
 
 #: Sink_1 of the paper's own 60 M model with softmax: the least that counts as a sink of a trained model here.

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from headway.door import use
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, equals
+from headway.evidence.criteria import all_of, at_least, at_most, equals
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._sink_arena import ARMS, run_arm
-from headway.evidence.statistics import bootstrap, bootstrap_ratio
 from headway.methods.sinks.sink_emergence import NO_SINK
 from headway.methods.sinks.sink_survey import IntactKV
 from headway.methods.sinks.sink_survey.comparison import measure_model
 from headway.methods.sinks.sink_survey.interpretation import implicit_bias, no_op_of_model, outlier_circuit
+from headway.statistics import Measurement, bootstrap, bootstrap_ratio
 from headway.tasks.perplexity import negative_log_likelihood
 from headway.tasks.trigger_averaging import STEPS
 

@@ -22,10 +22,9 @@ from torch import Tensor
 from headway.door.attach import use
 from headway.door.capture import capture
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, all_of, at_least, at_most, between
+from headway.evidence.criteria import all_of, at_least, at_most, between
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._long_text import host_and_text, no_gpu, perplexity_of, perplexity_ratio
-from headway.evidence.statistics import bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.methods.sinks.streaming_llm import (
     StreamingLLM,
     add_sink_token,
@@ -33,6 +32,7 @@ from headway.methods.sinks.streaming_llm import (
     streaming_perplexity,
     with_sink,
 )
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
 from headway.tasks.answering import clock, forward
 from headway.tasks.perplexity import perplexity
 from headway.tasks.trigger_averaging import (

@@ -24,10 +24,9 @@ from headway.door.call import AttentionCall
 from headway.door.stages import Observer
 from headway.errors import unknown
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, at_least, at_most, rank_correlation_at_least
+from headway.evidence.criteria import at_least, at_most, rank_correlation_at_least
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _tappa_applications as applications
-from headway.evidence.statistics import proportion, rank_correlation
 from headway.kernels.dense import grouped_scores, normalise
 from headway.kernels.rope import LAYOUTS, periods, rope_frequencies, rotate
 from headway.methods.long_context.tappa import (
@@ -43,6 +42,7 @@ from headway.methods.long_context.tappa import (
     row_autocorrelation,
     vertical_bound,
 )
+from headway.statistics import Measurement, proportion, rank_correlation
 
 CLASSES = tuple(MEANING)
 #: (base, pair) of the period claims, head dimension 128 as in the paper's figures.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import Measurement, at_least, at_most, equals, interval_excludes
+from headway.evidence.criteria import at_least, at_most, equals, interval_excludes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._titans_toys import (
     ARMS,
@@ -28,7 +28,7 @@ from headway.evidence.recipes._titans_toys import (
     stream_losses,
     train_all,
 )
-from headway.evidence.statistics import bootstrap, bootstrap_difference, proportion
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, proportion
 
 SIZES = (1, 4, 16, 64)
 #: Accuracy of full attention from which the toy counts as learned, and how far above a window a memory must be.

@@ -15,7 +15,7 @@ from scipy import stats
 
 from headway.errors import ArgumentError, NumericError
 from headway.evidence import Verdict, at_least
-from headway.evidence.statistics import (
+from headway.statistics import (
     against_null,
     bootstrap,
     bootstrap_difference,

@@ -1,4 +1,4 @@
-"""Statistics of recipes, through scipy: bootstrap intervals, permutation nulls, rank correlation, matched controls.
+"""Statistics of samples, through scipy: bootstrap intervals, permutation nulls, rank correlation, matched controls.
 
 Intervals are 95 % percentile bootstrap intervals, widened for small samples (the expanded percentile interval of
 T. Hesterberg, arXiv 1411.5279): the nominal tail α/2 becomes
@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from headway.errors import ArgumentError, NumericError, unknown
-from headway.evidence.criteria import Measurement
+from headway.statistics.measurement import Measurement
 
 log = logging.getLogger(__name__)
 

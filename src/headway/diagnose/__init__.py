@@ -1,0 +1,1 @@
+"""The verb `diagnose`: named questions that go deeper than `look`."""

@@ -1,0 +1,32 @@
+"""Statistics that every room shares: measurements with intervals, nulls, rank correlation, matched controls."""
+
+from __future__ import annotations
+
+from headway.statistics.measurement import Measurement, number
+from headway.statistics.sampling import (
+    Null,
+    against_null,
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_over_seeds,
+    bootstrap_ratio,
+    matched_controls,
+    permutation_null,
+    proportion,
+    rank_correlation,
+)
+
+__all__ = [
+    "Measurement",
+    "Null",
+    "against_null",
+    "bootstrap",
+    "bootstrap_difference",
+    "bootstrap_over_seeds",
+    "bootstrap_ratio",
+    "matched_controls",
+    "number",
+    "permutation_null",
+    "proportion",
+    "rank_correlation",
+]
