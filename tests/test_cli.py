@@ -156,3 +156,26 @@ def test_any_bytes_as_text_end_in_a_known_way(data, tmp_path_factory):
     except HeadwayError as error:
         ended = str(path) in str(error)
     assert ended
+
+
+def test_an_interrupt_lost_in_a_finaliser_is_given_again():
+    code = """
+import signal, sys, time
+from headway import cli
+
+class Finalised:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+@cli.app.command("wait")
+def wait():
+    Finalised()
+    time.sleep(20)
+
+sys.argv = ["headway", "wait"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr
+    assert "ignored" not in done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import sys
+import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -480,6 +482,7 @@ def main() -> Any:
     """Runs the command; errors made on purpose print one line and exit with 1, an interrupt with 130."""
     from headway.errors import HeadwayError
 
+    sys.unraisablehook = _give_again
     try:
         return app()
     except HeadwayError as error:
@@ -492,6 +495,15 @@ def main() -> Any:
             typer.secho("headway: interrupted; nothing half-written was left behind", fg="yellow", err=True)
             _print_notes(interrupt)
         raise
+
+
+def _give_again(lost: Any) -> None:
+    """Ctrl-C that arrives inside a finaliser raises where nothing can catch it, and Python drops it with a warning.
+    It is given again a moment later, when the finaliser is over."""
+    if lost.exc_type is not None and issubclass(lost.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
