@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from headway.statistics.categorical import answer_divergence, same_answers
+from headway.statistics.detection import auroc
 from headway.statistics.measurement import Measurement, number
 from headway.statistics.sampling import (
     Null,
@@ -20,6 +22,8 @@ __all__ = [
     "Measurement",
     "Null",
     "against_null",
+    "answer_divergence",
+    "auroc",
     "bootstrap",
     "bootstrap_difference",
     "bootstrap_over_seeds",
@@ -29,4 +33,5 @@ __all__ = [
     "permutation_null",
     "proportion",
     "rank_correlation",
+    "same_answers",
 ]

@@ -1,0 +1,136 @@
+"""What `headway diagnose anchors` does: get traces, measure, write the page, print the headline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from headway.diagnose.anchors.analysing import Options, Progress, diagnose_anchors
+from headway.diagnose.anchors.traces import POLICIES, QUESTIONS, read_traces, think
+from headway.errors import ArgumentError, unknown
+from headway.files import write_atomically
+from headway.hosts import load
+from headway.hosts.fingerprint import fingerprint
+from headway.methods.diagnosis.thought_anchors import Trace, estimate, pattern_answer, read_trace, stated_answer
+from headway.pages.console import check_folder, progress_bar
+
+
+def run(
+    model: str,
+    *,
+    traces: Path | None = None,
+    question: str | None = None,
+    tokens: int = 200,
+    rollouts: int = 0,
+    answer: str | None = None,
+    settle: float | None = None,
+    proximity: int = 4,
+    top: int = 20,
+    depth_control: bool = False,
+    orders: int = 8,
+    top_p: bool = False,
+    bad_rows: str = "refuse",
+    dtype: str = "float32",
+    seed: int = 0,
+    out: Path = Path("anchors-out"),
+    as_json: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """The command. Arguments are checked before the model is loaded. Traces that the model wrote, effects and rollouts
+    are kept in `out` as they come; the page and its numbers are written last."""
+    if traces is not None and question is not None:
+        raise ArgumentError("--traces, --question: got both, expected one of them. A question makes a trace.")
+    if bad_rows not in POLICIES:
+        raise unknown("--bad-rows", bad_rows, POLICIES)
+    options = Options(
+        rollouts=rollouts,
+        settle=settle,
+        extract=stated_answer if answer is None else pattern_answer(answer),
+        tokens=tokens,
+        proximity=proximity,
+        top=top,
+        depth_control=depth_control,
+        orders=orders,
+        baseline="top_p" if top_p else "full",
+        seed=seed,
+    )
+    check_folder(out)
+    console = Console(stderr=True)
+    try:
+        with progress_bar(console) as tell:
+            tell(f"loading {model}", 0, 1)
+            host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            given, left_out = _traces(host, tokenizer, traces, question, bad_rows, options, out, tell)
+            if rollouts:
+                for trace in given:
+                    cost = estimate(trace, rollouts=rollouts, max_tokens=tokens)
+                    console.print(f"{trace.name}: {cost}", soft_wrap=True, highlight=False)
+            found = diagnose_anchors(host, tokenizer, given, options=options, out=out, name=model, progress=tell)
+    except KeyboardInterrupt as error:
+        error.add_note(f"Finished parts are kept in {out / 'parts'}: the same command goes on from them.")
+        raise
+    if left_out:
+        found.run["left out"] = left_out
+        found.warnings.insert(0, f"{len(left_out)} rows could not be used and were left out: {left_out[0]}")
+    page = write_atomically(out / "anchors.html", found.to_html())
+    data = write_atomically(out / "anchors.json", found.to_json())
+    if as_json:
+        sys.stdout.write(found.to_json() + "\n")
+        return
+    printed = Console()
+    for sentence in found.findings:
+        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
+    for sentence in found.warnings:
+        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
+
+
+def _traces(
+    host: Any,
+    tokenizer: Any,
+    path: Path | None,
+    question: str | None,
+    bad_rows: str,
+    options: Options,
+    out: Path,
+    tell: Progress,
+) -> tuple[list[Trace], list[str]]:
+    if path is not None:
+        return read_traces(path, tokenizer, bad_rows=bad_rows)
+    asked = QUESTIONS if question is None else (question,)
+    found = []
+    for number, one in enumerate(asked, 1):
+        tell("the model thinks", number - 1, len(asked))
+        found.append(_thought(host, tokenizer, one, f"thought {number}", options, out))
+    return found, []
+
+
+def _thought(host: Any, tokenizer: Any, question: str, name: str, options: Options, out: Path) -> Trace:
+    """The model's reasoning, from the folder where it was drawn before under the same settings."""
+    facts = (
+        question,
+        name,
+        options.tokens,
+        options.seed,
+        fingerprint(host).weights,
+        str(next(host.parameters()).dtype),
+    )
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    path = out / "parts" / f"thought-{key}.json"
+    if path.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_trace(
+            data["text"],
+            tokenizer,
+            sentences=data["sentences"],
+            name=name,
+            add_special_tokens=not getattr(tokenizer, "chat_template", None),
+        )
+    trace = think(host, tokenizer, question, name=name, tokens=options.tokens, seed=options.seed)
+    write_atomically(path, json.dumps(trace.to_dict(), ensure_ascii=False))
+    return trace
