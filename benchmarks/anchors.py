@@ -18,7 +18,7 @@ from headway.methods.diagnosis.thought_anchors import suppression_matrix
 TOKENS, SENTENCES = 256, 16
 
 
-def suppression(tokens: int = TOKENS, sentences: int = SENTENCES, repeats: int = 3) -> None:
+def anchors_suppression(tokens: int = TOKENS, sentences: int = SENTENCES, repeats: int = 3) -> None:
     """SmolLM2 on `tokens` tokens in `sentences` sentences of one length."""
     model, tokenizer = load("smollm2")
     ids = tokenize(tokenizer, default_text(), tokens)
@@ -40,4 +40,4 @@ def suppression(tokens: int = TOKENS, sentences: int = SENTENCES, repeats: int =
 
 
 if __name__ == "__main__":
-    suppression()
+    anchors_suppression()

@@ -17,10 +17,12 @@ import torch
 
 import headway
 from benchmarks import (
+    anchors,
     dhsa,
     diffqkv,
     duo,
     infiniretri,
+    influence,
     inline,
     lightning,
     local_linear,
@@ -266,6 +268,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
         inline.inline_grids, inline.inline_vit, inline.inline_causal, inline.inline_decode, inline.inline_residual,
         normalizers.normalizer_forward, normalizers.normalizer_training, normalizers.normalizer_explicit,
         normalizers.normalizer_decode,
+        influence.influence_scoring, anchors.anchors_suppression,
     )
 }  # fmt: skip
 
