@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from headway.errors import ArgumentError
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _sink_back_copy as back_copy
+from headway.evidence.recipes import _sink_training as training
 from headway.evidence.recipes import sink_emergence as recipe
+from headway.lab.arms import Arm
+from headway.lab.data import Split
+from headway.lab.training import build
 from headway.methods.sinks.sink_emergence import received_mean
 from headway.tasks.trigger_averaging import (
     CONTENT,
@@ -194,3 +200,163 @@ class TestTask:
             run_trigger_averaging("softmax", [0], steps=0)
         with pytest.raises(ArgumentError, match="items: got 1"):
             trigger_batch(generators(0), 2, items=1)
+
+
+TINY = training.Training(Arm(steps=20), 3, 4, True)
+
+
+def arms_with(**changes):
+    """Numbers of trained arms as the paper's table has them, by seed; `changes` replace those of an arm."""
+    sink = {"softmax": 0.4, "decay-0": 0.15, "decay-0.1": 0.18, "key-slot": 0.0, "sigmoid": 0.004, "slow": 0.06,
+            "little-data": 0.0, "window": 0.01, "prefix": 0.05}  # fmt: skip
+    spread = (0.98, 1.0, 1.02)
+    found = {
+        name: {
+            "sink_1": [value * s for s in spread],
+            "loss": [3.7 * s for s in spread],
+            "sink_slot": [0.73] * 3,
+            "first_share": [0.1] * 3,
+            "mass": [0.2] * 3,
+            "sink_prefix": [0.2] * 3,
+            "course": [[0.0, value]] * 3,
+        }
+        for name, value in sink.items()
+    }
+    for name, columns in changes.items():
+        found[name.replace("_", "-")].update(columns)
+    return found
+
+
+@pytest.fixture
+def judged(tmp_path):
+    context = Context(size="smoke", seed=0, out=tmp_path)
+
+    def judge_arms(found):
+        return {claim.id: claim for claim in training._claims(found, [1, 2, 3], TINY, context)}
+
+    return judge_arms
+
+
+class TestTraining:
+    def test_without_a_sink_no_comparison_counts(self, smoke):
+        claims = [claim for claim in smoke.claims if claim.id in training.TRAINING_CRITERIA]
+        assert len(claims) == len(training.TRAINING_CRITERIA)
+        for claim in claims:
+            assert claim.verdict == "inconclusive"
+            assert "requirement not met: least Sink_1 of the softmax models" in claim.reason
+            assert "2 of 2 softmax models" in claim.notes
+
+    def test_arms_that_a_size_leaves_out_are_named(self, smoke):
+        left_out = {claim.id for claim in smoke.claims if "Not trained at this size" in claim.notes}
+        assert left_out == {"trained-small-rate", "trained-little-data", "trained-window", "trained-prefix"}
+
+    def test_the_table_of_the_paper_holds(self, judged):
+        assert {claim.verdict for claim in judged(arms_with()).values()} == {"holds"}
+
+    def test_one_softmax_model_without_a_sink_is_enough_to_say_nothing(self, judged):
+        claims = judged(arms_with(softmax={"sink_1": [0.4, 0.4, 0.04]}))
+        assert {claim.verdict for claim in claims.values()} == {"inconclusive"}
+
+    @pytest.mark.parametrize(
+        ("claim", "arm", "columns"),
+        [
+            ("trained-emergence", "softmax", {"course": [[0.3, 0.4]] * 3}),
+            ("trained-weight-decay", "decay_0", {"sink_1": [0.6, 0.6, 0.61]}),
+            ("trained-key-slot", "key_slot", {"sink_1": [0.3, 0.3, 0.31]}),
+            ("trained-key-slot", "key_slot", {"sink_slot": [0.0, 0.0, 0.0]}),
+            ("trained-sigmoid", "sigmoid", {"sink_1": [0.3, 0.3, 0.31]}),
+            ("trained-loss", "sigmoid", {"loss": [4.0, 4.1, 4.2]}),
+            ("trained-loss", "decay_0", {"loss": [3.4, 3.45, 3.5]}),
+            ("trained-small-rate", "slow", {"sink_1": [0.6, 0.6, 0.61]}),
+            ("trained-little-data", "little_data", {"sink_1": [0.3, 0.3, 0.31]}),
+            ("trained-window", "window", {"sink_1": [0.6, 0.6, 0.61]}),
+            ("trained-prefix", "prefix", {"sink_prefix": [0.0, 0.0, 0.0]}),
+        ],
+    )
+    def test_a_claim_fails_when_its_arm_says_otherwise(self, judged, claim, arm, columns):
+        claims = judged(arms_with(**{arm: columns}))
+        assert {name for name, c in claims.items() if c.verdict != "holds"} == {claim}
+        assert claims[claim].verdict == "fails"
+
+    def test_every_arm_changes_one_thing_of_the_reference(self):
+        arms = training.training_arms(Arm(steps=100), Split(torch.zeros(100_000), torch.zeros(10)))
+        reference = arms.pop("softmax").settings()
+        changed = {name: {k for k, v in a.settings().items() if v != reference[k]} for name, a in arms.items()}
+        assert changed == {
+            "decay-0": {"weight_decay"},
+            "decay-0.1": {"weight_decay"},
+            "key-slot": {"normalizer"},
+            "sigmoid": {"normalizer"},
+            "slow": {"learning_rate", "steps"},
+            "little-data": {"data"},
+            "window": {"window"},
+            "prefix": {"prefix"},
+        }
+        assert arms["little-data"].data == 4000
+        assert arms["slow"].learning_rate * arms["slow"].steps == pytest.approx(1e-3 * 100)
+
+    def test_weights_are_drawn_as_the_paper_draws_them(self):
+        model = build(Arm(width=128, layers=3, heads=4), 0)
+        training.draw_weights(model, 7)
+        for name, weight in model.named_parameters():
+            if weight.ndim < 2:
+                continue
+            fan_in = weight.shape[1]
+            expected = 1 / (math.sqrt(fan_in) * 3) if "down" in name else math.sqrt(2 / (5 * fan_in))
+            assert float(weight.std()) == pytest.approx(expected, rel=0.03), name
+            assert abs(float(weight.mean())) < 0.03 * expected, name
+
+    def test_drawing_depends_on_the_seed_alone_and_leaves_slots_as_they_are(self):
+        plain = Arm(width=32, layers=2, heads=2)
+        slotted = build(replace(plain, normalizer="key_slot"), 3)
+        slots = {n: p.detach().clone() for n, p in slotted.named_parameters() if "normalizer" in n}
+        other = build(plain, 4)
+        for model in (slotted, other):
+            training.draw_weights(model, 7)
+        drawn = dict(slotted.named_parameters())
+        assert len(slots) == 2
+        assert all(torch.equal(drawn[name], slots[name]) for name in slots)
+        for name, weight in other.named_parameters():
+            assert torch.equal(drawn[name], weight), name
+
+
+class TestCaution:
+    def test_behind_a_trigger_stands_the_token_before_it(self):
+        ids = back_copy.back_copy_batch(back_copy.transitions(0), 200, torch.Generator().manual_seed(0))
+        asked = back_copy.is_trigger(ids[:, 2:-1])
+        assert int(asked.sum()) > 100
+        assert torch.equal(ids[:, 3:][asked], ids[:, 1:-2][asked])
+        assert bool((ids[:, 0] == back_copy.FIRST).all())
+        assert bool((ids[:, 1:] != back_copy.FIRST).all())
+
+    def test_behind_other_symbols_the_chain_goes_on(self):
+        chain = back_copy.transitions(3)
+        ids = back_copy.back_copy_batch(chain, 4000, torch.Generator().manual_seed(1))
+        symbol = back_copy.TRIGGERS + 2
+        followers = ids[:, 3:][ids[:, 2:-1] == symbol]
+        found = torch.bincount(followers, minlength=back_copy.SYMBOLS) / len(followers)
+        torch.testing.assert_close(found, chain[symbol], atol=0.03, rtol=0)
+
+    def test_seeds_have_chains_of_their_own(self):
+        assert not torch.equal(back_copy.transitions(0), back_copy.transitions(1))
+        assert torch.equal(back_copy.transitions(5), back_copy.transitions(5))
+
+    def test_a_model_that_knows_the_rule_copies_everything(self):
+        class Rule(torch.nn.Module):
+            def __init__(self, back):
+                super().__init__()
+                self.back = back
+
+            def forward(self, input_ids, use_cache):
+                logits = torch.nn.functional.one_hot(input_ids.roll(self.back, 1), back_copy.SYMBOLS).float()
+                return type("Output", (), {"logits": logits})
+
+        ids = back_copy.back_copy_batch(back_copy.transitions(0), 100, torch.Generator().manual_seed(0))
+        assert back_copy.share_copied(Rule(1), ids) == 1.0
+        assert back_copy.share_copied(Rule(2), ids) < 0.5
+
+    def test_a_model_that_has_not_learned_to_copy_says_nothing(self, smoke):
+        for claim in smoke.claims:
+            if claim.id.startswith("caution"):
+                assert claim.verdict == "inconclusive"
+                assert "share of copies" in claim.reason

@@ -1,9 +1,9 @@
-"""Where the sink of a real model stands and what carries it, and a planted task that needs one.
+"""Where the sink of a real model stands and what carries it, a planted task that needs one, and what makes it grow.
 
 Measuring part of arXiv 2410.10781: Sink_1 by kind of data, by length and by first token; the companion statistics of
 the heads that sink. The first token of every sequence is an ordinary token of the text unless a claim says otherwise.
 The planted task (`headway.tasks.trigger_averaging`) has a known answer: softmax cannot be silent without a sink.
-Training language models with other attention operations is a recipe of its own.
+Small language models with one thing changed are trained in `_sink_training`; `_sink_back_copy` is a caution about toys.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most, between, interval_excludes
 from headway.evidence.recipe import Context, Recipe
+from headway.evidence.recipes._sink_back_copy import CAUTION_CRITERIA, caution_claims
+from headway.evidence.recipes._sink_training import TRAINING_CRITERIA, training_claims
 from headway.methods.sinks.sink_emergence import (
     EPSILON,
     NO_SINK,
@@ -62,6 +64,8 @@ CRITERIA = {
     "massive-activation": at_least(10.0, label="largest ‖h_1‖ ÷ mean ‖h‖ over layers"),
     "planted-softmax": at_least(0.6, label="mean weight on item 0", requires=(_LEARNED,)),
     **{f"planted-{name.replace('_', '-')}": _SILENT for name in NORMALIZERS if name != "softmax"},
+    **CAUTION_CRITERIA,
+    **TRAINING_CRITERIA,
 }
 
 
@@ -118,6 +122,8 @@ def run(context: Context) -> list[Claim]:
         _length_claim(length, settings, context),
         *_companion_claims(data["natural"], context),
         *_planted_claims(arms, with_bias, seeds, context),
+        *caution_claims(context),
+        *training_claims(context),
     ]
 
 
@@ -420,7 +426,7 @@ def _obstacle(size: str) -> str | None:
 
 RECIPE = Recipe(
     slug="sink-emergence",
-    title="When Attention Sink Emerges in Language Models: the measuring part",
+    title="When Attention Sink Emerges in Language Models",
     run=run,
     criteria=CRITERIA,
     obstacle=_obstacle,
