@@ -47,12 +47,18 @@ class TestContract:
          contract.check_reorder_and_reset, contract.check_generate, contract.check_refuses_crop],
     )  # fmt: skip
     def test_the_contract_of_cache_policies(self, name, check):
-        check(CAUSAL["llama"](), POLICIES[name])
+        # A value halfway between two steps is rounded up or down by the last bit, which differs between machines: in
+        # double precision none is that close.
+        host = CAUSAL["llama"]()
+        check(host.double() if "intactkv" in name else host, POLICIES[name])
 
     @pytest.mark.parametrize("name", ["h2o", "intactkv channel"])
     @pytest.mark.parametrize("check", contract.ONCE)
     def test_refusals_and_static_caches(self, name, check):
-        check(CAUSAL["llama"](), POLICIES[name])
+        # A value halfway between two steps is rounded up or down by the last bit, which differs between machines: in
+        # double precision none is that close.
+        host = CAUSAL["llama"]()
+        check(host.double() if "intactkv" in name else host, POLICIES[name])
 
     @pytest.mark.parametrize("name", RANKED)
     def test_the_budget_is_respected_after_every_forward(self, name):
