@@ -134,7 +134,8 @@ def draw_weights(model: HeadwayForCausalLM, seed: int) -> None:
     maps out of the MLPs from N(0, 1 / (fan_in · layers²)). An embedding counts its width as fan_in. What a normaliser
     adds (slots, denominators) keeps the values that it starts with."""
     generator = torch.Generator().manual_seed(seed)
-    outputs = {id(block.mlp.down) for block in model.layers if getattr(block, "mlp", None) is not None}
+    blocks: Any = model.layers
+    outputs = {id(block.mlp.down) for block in blocks if getattr(block, "mlp", None) is not None}
     # The output map shares the matrix of the embedding.
     drawn: set[int] = set()
     for module in model.modules():
@@ -282,8 +283,7 @@ def _told(sink: Sequence[float], settings: Training) -> str:
     if not weak:
         return f"Models of {size}; all softmax models sink."
     return (
-        f"{weak} of {len(sink)} softmax models ({size}) have no sink, so the run says nothing about what prevents "
-        "one."
+        f"{weak} of {len(sink)} softmax models ({size}) have no sink, so the run says nothing about what prevents one."
     )
 
 
