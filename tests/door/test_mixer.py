@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headway.door.key_value_state import append, crop_keys, empty_keys
+from headway.door.key_value_state import ROOM, append, crop_keys, empty_keys
 from headway.door.mixer import Mixer, State, document_positions, register_mixer, segment_ids
 from headway.errors import ArgumentError
 
@@ -80,6 +80,34 @@ class TestKeysAndValues:
     def test_more_than_there_is_cannot_be_taken_back(self):
         with pytest.raises(ArgumentError, match=r"expected 0\.\.5"):
             crop_keys(append(self.start(), *keys(5)).state, 6)
+
+    @torch.no_grad()
+    def test_steps_do_not_copy_the_past(self):
+        first = append(append(self.start(), *keys(5)).state, *keys(1, seed=1))
+        state, places = first.state, set()
+        for step in range(ROOM):
+            state = append(state, *keys(1, seed=2 + step)).state
+            places.add(state.tensors["key"].data_ptr())
+        assert places == {first.state.tensors["key"].data_ptr()}
+        assert append(state, *keys(1)).key.data_ptr() not in places
+
+    @torch.no_grad()
+    def test_two_continuations_of_one_past_do_not_meet(self):
+        past = append(append(self.start(), *keys(5)).state, *keys(1, seed=1)).state
+        one, two = append(past, *keys(1, seed=2)), append(past, *keys(1, seed=3))
+        assert torch.equal(one.key[:, :, -1:], keys(1, seed=2)[0])
+        assert torch.equal(two.key[:, :, -1:], keys(1, seed=3)[0])
+        cropped = append(crop_keys(one.state, 1), *keys(1, seed=4))
+        assert torch.equal(one.key[:, :, -1:], keys(1, seed=2)[0])
+        assert torch.equal(cropped.key[:, :, :-1], past.tensors["key"])
+
+    def test_what_was_written_without_gradients_can_be_read_and_continued_with_them(self):
+        with torch.no_grad():
+            past = append(append(self.start(), *keys(5)).state, *keys(1, seed=1)).state
+        key, value = (x.requires_grad_() for x in keys(1, seed=2))
+        found = append(past, key, value)
+        found.key.sum().backward()
+        assert torch.equal(key.grad, torch.ones_like(key))
 
 
 class TestRegistry:

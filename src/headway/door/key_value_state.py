@@ -15,6 +15,9 @@ from torch import Tensor
 from headway.door.mixer import State, document_positions, segment_ids
 from headway.errors import ArgumentError
 
+#: Columns of room that are made at once.
+ROOM = 64
+
 
 @dataclass(frozen=True)
 class Appended:
@@ -62,13 +65,13 @@ def append(
     batch, tokens, device = key.shape[0], key.shape[2], key.device
     past = 0 if state is None else state.tensors["key"].shape[2]
     _, seen = document_positions((batch, tokens), mask, resets, None if state is None else state.seen, device)
-    tensors = {"key": key, "value": value}
+    tensors, room = {"key": key, "value": value}, None
     if state is not None and past:
-        tensors = {name: torch.cat([state.tensors[name].to(x.dtype), x], 2) for name, x in tensors.items()}
+        tensors, room = _behind(state, tensors)
     plain = mask is None and resets is None and (state is None or "real" not in state.tensors)
     if not plain:
         tensors |= _columns(state, past, batch, tokens, device, mask, resets)
-    after = State(tensors, seen)
+    after = State(tensors, seen, room)
     visible = None
     if not plain or (past and tokens > 1):
         order = torch.arange(past + tokens, device=device)
@@ -78,6 +81,41 @@ def append(
             same = document[:, None, past:, None] == document[:, None, None, :]
             visible = visible & same & real[:, None, None, :] & real[:, None, past:, None]
     return Appended(tensors["key"], tensors["value"], visible, visible is None and not past and tokens > 1, after)
+
+
+@dataclass
+class _Room:
+    """Buffers longer than what they hold. A state that ends where they are filled may be continued in place; any other
+    one, such as the common past of two continuations, is copied first."""
+
+    buffers: dict[str, Tensor]
+    filled: int
+
+    def fits(self, past: int, new: dict[str, Tensor]) -> bool:
+        return past == self.filled and all(
+            x.shape[2] <= buffer.shape[2] - past
+            and x.dtype == buffer.dtype
+            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+            for x, buffer in ((x, self.buffers[name]) for name, x in new.items())
+        )
+
+
+def _behind(state: State, new: dict[str, Tensor]) -> tuple[dict[str, Tensor], _Room | None]:
+    """New columns behind those of the state. Without gradients they are written into room that is made for `ROOM`
+    columns at once, so a step does not copy the past; a graph needs tensors that nobody writes into."""
+    past, tokens = state.tensors["key"].shape[2], new["key"].shape[2]
+    if torch.is_grad_enabled():
+        return {name: torch.cat([state.tensors[name].to(x.dtype), x], 2) for name, x in new.items()}, None
+    room = state.room if isinstance(state.room, _Room) and state.room.fits(past, new) else None
+    if room is None:
+        buffers = {name: x.new_empty(*x.shape[:2], past + tokens + ROOM, x.shape[3]) for name, x in new.items()}
+        for name, buffer in buffers.items():
+            buffer[:, :, :past] = state.tensors[name]
+        room = _Room(buffers, past)
+    for name, x in new.items():
+        room.buffers[name][:, :, past : past + tokens] = x
+    room.filled = past + tokens
+    return {name: buffer[:, :, : room.filled] for name, buffer in room.buffers.items()}, room
 
 
 def crop_keys(state: State, tokens: int) -> State:

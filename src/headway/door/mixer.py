@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -36,6 +36,8 @@ class State:
 
     tensors: dict[str, Tensor]
     seen: Int[Tensor, " batch"]
+    #: Where a mixer that adds to its tensors has room behind them; only the state that was made last may use it.
+    room: Any = field(default=None, compare=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -64,8 +66,9 @@ class State:
         return self._each(lambda t: t.to(device))
 
     def replace(self, seen: Tensor | None = None, **tensors: Tensor) -> State:
-        """A new state in which some tensors are others."""
-        return replace(self, tensors={**self.tensors, **tensors}, seen=self.seen if seen is None else seen)
+        """A new state in which some tensors are others. Room behind the old ones stays while they do."""
+        room = None if self.tensors.keys() & tensors else self.room
+        return State({**self.tensors, **tensors}, self.seen if seen is None else seen, room)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> State:
         return State({name: change(t) for name, t in self.tensors.items()}, change(self.seen))
