@@ -183,7 +183,7 @@ class _HeadOutput(Observer):
 
 def _choice(context: Context) -> dict[str, Any]:
     """Head search on one part of the questions, accuracy on the other, and how common later sinks are."""
-    per_task, share, most = context.choose(smoke=(6, 0.5, 3), small=(40, 0.25, 40), full=(1000, 0.5, 1000))
+    per_task, share, most = context.choose(smoke=(6, 0.5, 3), small=(32, 0.25, 24), full=(1000, 0.5, 1000))
     model, tokenizer, questions = _host(context, per_task)
     parts = {task: [q for q in questions if q.task == task] for task in dict.fromkeys(q.task for q in questions)}
     search: list[Question] = []
