@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from headway.diagnose.cli import app as diagnose_app
+from headway.select.cli import select
 
 app = typer.Typer(
     name="headway",
@@ -29,6 +30,7 @@ app.add_typer(data_app, name="data")
 lab_app = typer.Typer(help="Train small models that differ in one thing, and compare them.", no_args_is_help=True)
 app.add_typer(lab_app, name="lab")
 app.add_typer(diagnose_app, name="diagnose")
+app.command("select")(select)
 
 
 class Size(StrEnum):

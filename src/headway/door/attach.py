@@ -328,10 +328,8 @@ class Door:
         if output is not None and not fired and self.handles and self.probe is None:
             raise InterceptionError(
                 f"model: got a forward of {type(module).__name__} in which no attention passed the door, expected "
-                "at least "
-                "one. The attention implementation was changed, or the model was compiled, while a scope was "
-                "open; leave "
-                "the scope first."
+                "at least one. The attention implementation was changed, or the model was compiled, while a scope was "
+                "open; leave the scope first."
             )
 
     def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -485,8 +483,7 @@ def open_door(model: nn.Module) -> Door:
         elif door.thread != threading.get_ident():
             raise ConflictError(
                 f"model: got a second scope on {type(model).__name__} from another thread while one is open, "
-                "expected one "
-                "thread to hold a model's scopes. Open both scopes in one thread, or load a second model."
+                "expected one thread to hold a model's scopes. Open both scopes in one thread, or load a second model."
             )
         door.users += 1
         return door

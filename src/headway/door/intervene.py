@@ -178,8 +178,7 @@ class FixedPattern(_OnHeads):
             if bool(((chosen > 0) & ~seen).any()):
                 raise ArgumentError(
                     f"patterns: got weight on keys that layer {call.site.layer}, head {head} cannot see, expected "
-                    "a map "
-                    "inside the host's mask."
+                    "a map inside the host's mask."
                 )
             weights[:, head] = chosen
         return weights

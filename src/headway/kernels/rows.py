@@ -86,8 +86,7 @@ def estimate_mean(values: Float[Tensor, "... rows"], sample: RowSample, level: f
     if values.shape[-1] != sample.index.numel():
         raise ArgumentError(
             f"values: got {values.shape[-1]} rows, expected {sample.index.numel()} as in the sample. Pass the "
-            "statistic "
-            "of the sampled rows, in their order."
+            "statistic of the sampled rows, in their order."
         )
     valid = ~values.isnan()
     filled = values.nan_to_num(0.0)

@@ -149,8 +149,7 @@ def _warnings(reading: Reading, text: Text, positions: int | None, metrics: Sequ
     if reading.sample is not None:
         notes.append(
             f"{reading.sample.index.numel()} of {count} query rows were read; role scores carry 95 % intervals, "
-            "received "
-            "mass is an unbiased estimate."
+            "received mass is an unbiased estimate."
         )
     if positions is not None and count > positions:
         notes.append(f"The text has {count} tokens, the model {positions} positions: it was not trained for the rest.")

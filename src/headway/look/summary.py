@@ -429,8 +429,7 @@ def _first_token_sentences(reading: Reading) -> list[str]:
         word = "a massive activation" if hidden[layer] >= 10 else "no massive activation"
         sentences.append(
             f"{hidden[layer]:.1f} times the norm of other tokens: the residual stream of the first token at its "
-            "largest, "
-            f"entering layer {layer}: {word}."
+            f"largest, entering layer {layer}: {word}."
         )
     return sentences
 
