@@ -48,8 +48,9 @@ class ScoredRecord:
 
     @classmethod
     def from_list(cls, values: Sequence[Any]) -> ScoredRecord:
-        plain: Any = [math.nan if v is None else v for v in values[:-1]]
-        return cls(*plain, tuple(values[-1]))
+        plain: list[Any] = [math.nan if v is None else v for v in values[:-1]]
+        names = (field.name for field in fields(cls))
+        return cls(**dict(zip(names, [*plain, tuple(values[-1])], strict=True)))
 
 
 def line_of(number: int, scores: Sequence[ScoredRecord]) -> bytes:
