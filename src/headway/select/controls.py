@@ -63,7 +63,7 @@ def measure_controls(
     asked = [plan.describe(), recipe.settings(), draws, seed, RECORDS]
     path = folder / f"controls-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
     if path.is_file():
-        return [Control(**{k: with_nan(v) if k != "heads" else v for k, v in each.items()}) for each in _read(path)]
+        return _read(path)
     facts = json.loads(recipe.described)
     try:
         shape = (facts["layers"] or 0, facts["heads"] or 0)
@@ -109,5 +109,8 @@ def _compare(heads: Sequence[Head], own: Sequence[float], other: Sequence[float]
     return Control([(int(a), int(b)) for a, b in heads], len(both), float(means[0]), float(means[1]), rho)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read(path: Path) -> list[Control]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    numbers = ({name: with_nan(value) for name, value in each.items() if name != "heads"} for each in found)
+    heads = ([(layer, head) for layer, head in each["heads"]] for each in found)
+    return [Control(heads=own, **values) for own, values in zip(heads, numbers, strict=True)]
