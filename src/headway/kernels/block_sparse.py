@@ -30,9 +30,9 @@ from headway.kernels.dense import check_heads, dense_attention, soft_capped, wit
 from headway.kernels.fused import fused_attention
 
 FORMS = ("auto", "masked", "gather", "flex")
-#: Bytes of gathered keys and values per step: more falls out of the cache before it is read, less costs calls (4 and
-#: 8 MiB were best of 2 to 32).
-STEP_BYTES = 1 << 23
+#: Bytes of gathered keys and values per step: more falls out of the cache before it is read, less costs calls (4 MiB
+#: was best of 1 to 32, and loses least where other programs use the cache).
+STEP_BYTES = 1 << 22
 #: Where selecting stops paying on a CPU, measured by `benchmarks/run.py crossover`: fewer keys than this, or a larger
 #: share of the visible pairs.
 CROSSOVER_KEYS = 1024
@@ -312,8 +312,8 @@ class _Tiles:
         return self.query.new_zeros(items, size, self.work.value.shape[3]), lse
 
     def with_diagonal(self, selected: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass over every item. The diagonal is the last of an item's blocks, so all items that select equally many
-        blocks share one small mask, and nothing has to be merged."""
+        """One pass over every item. The diagonal is the last of an item's blocks, so all items share one small mask,
+        and nothing has to be merged."""
         size, keys = self.work.key_block, self.work.blocks.shape[3] * self.work.key_block
         output = self.query.new_empty(*self.query.shape[:2], self.work.value.shape[3])
         lse = torch.empty(self.query.shape[:2], dtype=torch.float32, device=self.query.device)
@@ -322,8 +322,9 @@ class _Tiles:
         hiding[:, -size:].masked_fill_(future, -torch.inf)
         for step in self._steps(selected, fold=True):
             query, key, value = self._gathered(step)
-            bias = hiding[:, -key.shape[2] :].repeat(step.groups, 1)[None, None]
-            part, part_lse = fused_attention(query, key, value, scale=self.work.scale, bias=bias)
+            bias = hiding[:, -key.shape[2] :]
+            bias = bias.repeat(step.groups, 1) if step.groups > 1 else bias
+            part, part_lse = fused_attention(query, key, value, scale=self.work.scale, bias=bias[None, None])
             output.index_copy_(0, step.items, part.reshape(step.items.numel(), size, -1))
             lse.index_copy_(0, step.items, part_lse.reshape(-1, size))
         return output, lse
@@ -441,7 +442,7 @@ class _Tiles:
             return x.index_select(0, index)
         need = index.numel() * x.shape[1]
         if self.buffers is None or self.buffers[which].numel() < need:
-            grown = [x.new_empty(max(need, STEP_BYTES // x.element_size())) for _ in range(2)]
+            grown = [x.new_empty(max(need, STEP_BYTES // 2 // x.element_size())) for _ in range(2)]
             self.buffers = (grown[0], grown[1])
         out = self.buffers[which][:need].view(index.numel(), x.shape[1])
         return torch.index_select(x.detach(), 0, index, out=out)
