@@ -9,6 +9,7 @@ of medians with its paired bootstrap interval is the result.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -33,6 +34,8 @@ from headway.statistics import Measurement, bootstrap_ratio, number
 log = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).parent / "results"
+#: Numbers of two settings of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 #: One-minute load average above which something else is running and times mislead.
 BUSY = 0.5
 
@@ -84,6 +87,7 @@ def compare(
     if repeats < 2 or warmup < 0:
         raise ArgumentError(f"repeats, warmup: got {repeats} and {warmup}, expected repeats ≥ 2 and warmup ≥ 0.")
     load = warn_if_busy()
+    _keep_freed_memory()
     for _ in range(warmup):
         method()
         baseline()
@@ -183,6 +187,15 @@ def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc's allocator keep what is freed. By default it takes tensors above 32 MB from the kernel every time, and
+    the zeroing of their pages can cost more than a kernel that is linear in the length."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _status(field: str) -> int | None:

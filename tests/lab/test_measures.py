@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headway.door import observe
 from headway.errors import ArgumentError
 from headway.hosts import default_text
 from headway.lab import Arm
 from headway.lab.arms import EXTRA_ID
 from headway.lab.data import ByteSequences, held_out, labelled, split_bytes, with_first
 from headway.lab.measures import measure_arm
-from headway.lab.training import build, loss_with_terms, run_arm, thinned
+from headway.lab.training import HeadMass, build, loss_with_terms, run_arm, thinned
 from headway.methods.sinks.sink_survey.comparison import in_int8, narrowed
+from headway.train.sink_losses import head_balance_loss
 
 SMALL = {"width": 32, "layers": 2, "heads": 2, "length": 16, "batch": 4, "steps": 6, "warmup": 1}
 
@@ -149,7 +151,8 @@ class TestMeasures:
     @pytest.mark.parametrize("changes", [{"prefix": 3}, {"gate": "head"}, {"normalizer": "kernel_identity"},
                                          {"position": "alibi"}, {"first": "learned"}, {"optimizer": "muon"},
                                          {"optimizer": "orthoadam"},
-                                         {"terms": {"tail": 0.5, "decorrelation": 0.1}}])  # fmt: skip
+                                         {"terms": {"tail": 0.5, "decorrelation": 0.1}},
+                                         {"terms": {"head-balance": 0.1}}])  # fmt: skip
     def test_every_kind_of_arm_gives_every_number(self, split, changes):
         found = run_arm(arm(**changes), 0, split, evaluation=4).numbers
         assert set(found) >= {"loss", "sink_1", "first_share", "mass", "kurtosis", "inf_norm", "massive_ratio",
@@ -167,6 +170,20 @@ class TestMeasures:
         expected = own + 0.5 * more.metrics["decorrelation"] + 2 * more.metrics["tail"]
         assert more.value.item() == pytest.approx(expected, rel=1e-5)
         assert more.metrics["own_loss"] == pytest.approx(own)
+
+    def test_head_balance_is_that_of_the_weights_and_trains_them(self, split):
+        model, batch = build(arm(), 0), ByteSequences(split, arm(), 0).batch(0)
+        found = loss_with_terms(model, batch, terms={"head-balance": 1.0})
+        reader = HeadMass()
+        with observe(model, reader), torch.no_grad():
+            own = float(model(**batch).loss)
+        balance = torch.stack([head_balance_loss(mass[:, :, 1:]) for mass in reader.mass]).mean()
+        assert found.metrics["head-balance"] == pytest.approx(float(balance))
+        assert found.value.item() == pytest.approx(own + float(balance))
+        queries = model.layers[0].mixer.query.weight
+        plain = loss_with_terms(model, batch, terms={"head-balance": 0.0})
+        gradients = [torch.autograd.grad(loss.value, queries)[0] for loss in (found, plain)]
+        assert not torch.allclose(*gradients)
 
     def test_a_course_is_thinned_to_means(self):
         assert thinned((1.0, 3.0, 5.0, 7.0, 9.0), most=3) == [2.0, 6.0, 9.0]

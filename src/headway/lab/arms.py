@@ -26,7 +26,7 @@ from typing import Any
 from headway.errors import ArgumentError, unknown
 from headway.train.optimizers import OPTIMIZERS
 
-TERMS = ("decorrelation", "tail")
+TERMS = ("decorrelation", "tail", "head-balance")
 FIRST = ("natural", "random", "fixed", "learned")
 #: The id behind the bytes: a fixed token, or a learned sink token.
 EXTRA_ID = 256
@@ -45,7 +45,7 @@ class Arm:
     "natural" text, "random" (one random byte), "fixed" (a token of its own at `place`, in a share `fraction` of the
     sequences) or "learned" (a sink token in front of every sequence). Training: steps, batch, learning_rate,
     weight_decay, warmup, schedule, clip, optimizer (adamw, orthoadam, muon), terms (weights of further loss terms:
-    decorrelation, tail). `group` is a heading of the table."""
+    decorrelation, tail, head-balance). `group` is a heading of the table."""
 
     name: str = ""
     group: str = ""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from headway.door import Observer, observe
+from headway.door.call import AttentionCall
 from headway.hosts import Text
 from headway.lab.arms import VOCABULARY, Arm
 from headway.lab.data import ByteSequences, Split, held_out, split_bytes
@@ -19,7 +22,7 @@ from headway.models import HeadwayConfig, HeadwayForCausalLM
 from headway.train import Batch, Loss, model_loss, train
 from headway.train.losses import scored
 from headway.train.optimizers import make_optimizer
-from headway.train.sink_losses import decorrelation_loss, tail_penalty
+from headway.train.sink_losses import decorrelation_loss, head_balance_loss, non_sink_mass, tail_penalty
 
 #: Held-out sequences that every arm is measured on.
 EVALUATION = 64
@@ -93,14 +96,42 @@ def run_arm(
     return ArmResult(arm=arm.name, group=arm.group, seed=seed, numbers=numbers, course=thinned(course))
 
 
+class HeadMass(Observer):
+    """What every head of every layer gives to keys behind the first one, with its gradient."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.mass: list[Tensor] = []
+
+    def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
+        # The door keeps observers out of the graph; this one is there for its gradient.
+        with torch.enable_grad():
+            self.mass.append(non_sink_mass(call.weights()))
+
+    def result(self) -> list[Tensor]:
+        return self.mass
+
+
 def loss_with_terms(model: nn.Module, batch: Batch, *, terms: Mapping[str, float]) -> Loss:
-    """The model's loss and weighted terms on the states between blocks, each the mean over blocks; the log keeps the
-    terms apart."""
+    """The model's loss and weighted terms, each the mean over layers: on the states between blocks, and of
+    `head-balance` on attention weights, whose sink is the first key. The log keeps the terms apart."""
     assert not isinstance(batch, Tensor)
-    output = model(**batch, output_hidden_states=True, use_cache=False)
+    reader = HeadMass()
+    with observe(model, reader, selftest=False) if "head-balance" in terms else nullcontext():
+        output = model(**batch, output_hidden_states=True, use_cache=False)
     states = output.hidden_states[1:-1] or output.hidden_states[:1]
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"decorrelation": decorrelation_loss, "tail": tail_penalty}
-    values = {name: torch.stack([functions[name](h) for h in states]).mean() for name in terms}
+    functions: dict[str, tuple[Callable[[Tensor], Tensor], Sequence[Tensor]]] = {
+        "decorrelation": (decorrelation_loss, states),
+        "tail": (tail_penalty, states),
+        # The first query sees the sink alone.
+        "head-balance": (head_balance_loss, [mass[:, :, 1:] for mass in reader.mass]),
+    }
+    values = {}
+    for name in terms:
+        function, tensors = functions[name]
+        values[name] = torch.stack([function(x) for x in tensors]).mean()
     total = output.loss + sum(weight * values[name] for name, weight in terms.items())
     metrics = {name: float(value.detach()) for name, value in values.items()}
     return Loss(total, scored(batch["labels"]), {"own_loss": float(output.loss.detach()), **metrics})

@@ -7,7 +7,8 @@
 P_h is head h's mean share of the mass that does not go to sinks, f_h the share of queries at which h has most of it (no
 gradient flows through f_h). Named by the survey of arXiv 2604.10098; the tail penalty is inferred from the aim of TWEO
 and the head balance from the load balance of mixtures of experts (arXiv 2101.03961), for the survey gives neither form.
-Hidden states come from `model(..., output_hidden_states=True)`, weights from an observer at the door.
+Hidden states come from `model(..., output_hidden_states=True)`, weights from an observer at the door that turns
+gradients on (`torch.enable_grad()`, as the laboratory's `HeadMass` does): observers are run without.
 """
 
 from __future__ import annotations
