@@ -76,8 +76,8 @@ def test_the_newer_binding_is_right():
         older, newer = dict(bindings[:3]), dict(bindings[3:])
         assert set(older) == set(newer) == {0, 1, 2}
         assert not set(older.values()) & set(newer.values())
-        assert [label != IGNORE for label in labels] == [False] * (task.length - 1) + [True]
-        assert newer[ids[-2] - 4] == labels[-1] - 4 - 3
+        assert [label != IGNORE for label in labels] == [False] * (task.length - 3) + [True] * 3
+        assert [newer[key - 4] for key in ids[-4:-1]] == [label - 4 - 3 for label in labels[-3:]]
 
 
 def test_a_constant_step_blows_up_at_large_chunks_and_order_is_by_size():

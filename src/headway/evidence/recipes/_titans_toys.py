@@ -41,8 +41,10 @@ ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "no-momentum": ("titans_lmm", {**MEMORY, "momentum": False}),
     "no-forgetting": ("titans_lmm", {**MEMORY, "forgetting": False}),
 }
-#: Attention without a memory learns the toy more slowly and costs less: it gets so many times the steps.
-BASELINE_STEPS = 6
+#: Arms with attention, alone or beside a memory, learn the toy more slowly than a memory alone: they get so many times
+#: the steps, all of them alike.
+WITH_ATTENTION = ("attention", "window", "mac", "mag", "mal")
+ATTENTION_STEPS = 2
 VARIANTS = ("lmm", "mac", "mag", "mal")
 #: The gap of the toy is asked for again at these multiples of the one trained.
 GAPS = (1, 2, 4, 8)
@@ -64,7 +66,8 @@ class Setting:
 
 @dataclass(kw_only=True)
 class Bound(Recall):
-    """Recall in which a key and its value are one token, so that no arm must learn first to look at the token before.
+    """Recall in which a key and its value are one token, so that no arm must learn first to look at the token before,
+    and in which answers are not shown, so that none can be had by elimination.
 
     again: every key is bound twice, to two values, before it is asked for; the newer one is right."""
 
@@ -78,10 +81,16 @@ class Bound(Recall):
 
     @property
     def length(self) -> int:
-        return self.pairs * (1 + self.again) + int(self.gap or 0) + 2
+        return self.pairs * (1 + self.again) + int(self.gap or 0) + self.asked + 1
+
+    @property
+    def chance(self) -> float:
+        """A guess among the values of a row."""
+        return 1 / (self.pairs * (1 + self.again))
 
     def draw(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Bindings (the older ones first), noise, and one question with its answer."""
+        """Bindings (the older ones first), noise, and the keys that are asked for in a row; the answer to each is what
+        comes behind it in the labels, not in the text."""
         ids = random.integers(0, self.noise, (self.rows, self.length))
         labels = np.full_like(ids, IGNORE)
         bound = self.pairs * (1 + self.again)
@@ -89,18 +98,18 @@ class Bound(Recall):
             values = random.permutation(self.values)[:bound]
             keys = np.concatenate([random.permutation(self.keys)[: self.pairs]] * (1 + self.again))
             ids[row, :bound] = self.noise + self.keys + self.values + keys * self.values + values
-            asked = bound - 1 - int(random.integers(self.pairs))
-            ids[row, -2] = self.noise + keys[asked]
-            ids[row, -1] = labels[row, -1] = self.noise + self.keys + values[asked]
+            asked = bound - 1 - random.permutation(self.pairs)[: self.asked]
+            ids[row, -self.asked - 1 : -1] = self.noise + keys[asked]
+            labels[row, -self.asked :] = self.noise + self.keys + values[asked]
         return ids, labels
 
 
 def task_of(setting: Setting, seed: int, *, gap: int | None = None, rebound: bool = False) -> Recall:
-    """The stream of one seed. Every row binds the same keys to the same values in another order and asks for one, so
+    """The stream of one seed. Every row binds the same keys to the same values in another order and asks for all, so
     that nothing but the pairing helps. Where keys are bound twice there are twice as many values."""
     gap = setting.gap if gap is None else gap
     values = 2 * setting.pairs if rebound else setting.pairs
-    sizes = {"pairs": setting.pairs, "questions": 1, "keys": setting.pairs, "values": values, "noise": 4}
+    sizes = {"pairs": setting.pairs, "keys": setting.pairs, "values": values, "noise": 4}
     return Bound(rows=setting.rows, seed=seed, gap=gap, again=rebound, **sizes)
 
 
@@ -119,7 +128,7 @@ def trained(arm: str, setting: Setting, seed: int, *, rebound: bool = False) -> 
         mlp_width=2 * setting.width,
     )
     model = HeadwayForCausalLM(config)
-    steps = setting.steps * (BASELINE_STEPS if mixer == "softmax" else 1)
+    steps = setting.steps * (ATTENTION_STEPS if arm in WITH_ATTENTION else 1)
     run = train(
         model,
         task,
