@@ -9,12 +9,14 @@ All arms of a seed start from the same random state and read the same batches.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headway.evidence.parallel import side_by_side
 from headway.evidence.recipe import Context
 from headway.hosts import default_text
 from headway.models import HeadwayConfig, HeadwayForCausalLM
@@ -36,19 +38,35 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def arms(context: Context) -> dict[str, Any]:
-    """Held-out loss in nats per character of every arm and seed, the loss of a bigram model, and parameter counts."""
-    count, steps, batch, length = context.choose(smoke=(2, 3, 2, 32), small=(4, 250, 16, 96), full=(8, 4000, 64, 256))
-    train, held = _characters()
+    """Held-out loss in nats per character of every arm and seed, the loss of a bigram model, and parameter counts. The
+    arms of a seed are a stage."""
+    count, *size = context.choose(smoke=(2, 3, 2, 32), small=(4, 250, 16, 96), full=(8, 4000, 64, 256))
+    workers = context.choose(smoke=1, small=2, full=1)
     seeds = context.seeds(count)
     losses: dict[str, list[float]] = {name: [] for name in ARMS}
-    parameters = {}
-    for seed in context.track(seeds, "character models"):
-        for name in ARMS:
-            model = _model(name, seed)
-            parameters[name] = sum(p.numel() for p in model.parameters())
-            _train(model, train, seed, steps, batch, length)
-            losses[name].append(_loss(model, held, length))
-    return {"losses": losses, "bigram": _bigram(train, held), "parameters": parameters, "seeds": seeds, "steps": steps}
+    parameters: dict[str, int] = {}
+    for number, seed in enumerate(context.track(seeds, "character models")):
+        calls = [(name, seed, *size) for name in ARMS]
+        found = context.stage(f"training-{number}", partial(side_by_side, trained, calls, workers=workers))
+        for name, (loss, size_of) in zip(ARMS, found, strict=True):
+            losses[name].append(loss)
+            parameters[name] = size_of
+    train, held = _characters()
+    return {
+        "losses": losses,
+        "bigram": _bigram(train, held),
+        "parameters": parameters,
+        "seeds": seeds,
+        "steps": size[0],
+    }
+
+
+def trained(arm: str, seed: int, steps: int, batch: int, length: int) -> tuple[float, int]:
+    """Held-out loss of one arm after training, and its number of parameters."""
+    train, held = _characters()
+    model = _model(arm, seed)
+    _train(model, train, seed, steps, batch, length)
+    return _loss(model, held, length), sum(p.numel() for p in model.parameters())
 
 
 def _characters() -> tuple[Int[Tensor, " train"], Int[Tensor, " held"]]:

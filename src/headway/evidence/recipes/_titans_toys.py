@@ -7,9 +7,7 @@ training, since it asks how gradient descent within a sequence behaves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from headway.errors import NumericError
+from headway.evidence.parallel import side_by_side
 from headway.kernels.deep_memory import Gates, deep_memory
 from headway.kernels.memory_net import MemoryNet
 from headway.models import HeadwayConfig, HeadwayForCausalLM
@@ -113,7 +112,7 @@ def task_of(setting: Setting, seed: int, *, gap: int | None = None, rebound: boo
     return Bound(rows=setting.rows, seed=seed, gap=gap, again=rebound, **sizes)
 
 
-def trained(arm: str, setting: Setting, seed: int, *, rebound: bool = False) -> dict[str, Any]:
+def trained(arm: str, setting: Setting, seed: int, rebound: bool = False) -> dict[str, Any]:
     """Accuracy of one arm after training: at the gap of the training, and at its multiples."""
     task = task_of(setting, seed, rebound=rebound)
     mixer, options = ARMS[arm]
@@ -151,17 +150,10 @@ def trained(arm: str, setting: Setting, seed: int, *, rebound: bool = False) -> 
 def train_all(
     arms: Sequence[tuple[str, bool]], setting: Setting, seed: int, *, workers: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """All arms of one seed, (name, keys are bound again), with so many processes: the layers are too small for more
-    than one thread to help."""
+    """All arms of one seed, (name, keys are bound again), with so many processes."""
     names = [f"rebound {arm}" if again else arm for arm, again in arms]
-    if workers == 1:
-        found = [trained(arm, setting, seed, rebound=again) for arm, again in arms]
-    else:
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            jobs = [pool.submit(trained, arm, setting, seed, rebound=again) for arm, again in arms]
-            found = [job.result() for job in jobs]
-    return dict(zip(names, found, strict=True))
+    calls = [(arm, setting, seed, again) for arm, again in arms]
+    return dict(zip(names, side_by_side(trained, calls, workers=workers), strict=True))
 
 
 def stream_losses(sizes: tuple[int, ...], *, streams: int, tokens: int, generator: torch.Generator) -> dict[str, Any]:

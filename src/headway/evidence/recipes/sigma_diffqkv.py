@@ -72,7 +72,7 @@ CRITERIA = {
 
 
 def run(context: Context) -> list[Claim]:
-    arms = context.stage("training", lambda: training.arms(context))
+    arms = training.arms(context)
     times = context.stage("decode-time", lambda: _times(context))
     return [
         _cache_claim(context.stage("cache-ratio", lambda: _cache(context))),
