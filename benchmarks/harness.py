@@ -190,8 +190,8 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc's allocator keep what is freed. By default it takes tensors above 32 MB from the kernel every time, and
-    the zeroing of their pages can cost more than a kernel that is linear in the length."""
+    """Lets glibc's allocator keep what is freed. By default it takes tensors above 32 MB from the system each time, and
+    zeroing their pages can cost more than a kernel that is linear in the length."""
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)

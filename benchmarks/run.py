@@ -27,6 +27,7 @@ from benchmarks import (
     lightning,
     local_linear,
     normalizers,
+    posir,
     prefill,
     recycled,
     streaming,
@@ -268,7 +269,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
         inline.inline_grids, inline.inline_vit, inline.inline_causal, inline.inline_decode, inline.inline_residual,
         normalizers.normalizer_forward, normalizers.normalizer_training, normalizers.normalizer_explicit,
         normalizers.normalizer_decode,
-        influence.influence_scoring, anchors.anchors_suppression,
+        influence.influence_scoring, anchors.anchors_suppression, posir.posir_saliency,
     )
 }  # fmt: skip
 

@@ -1,0 +1,147 @@
+"""What `headway diagnose agreement` does: get texts, explain, write the page and the sheet, print the headline."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from headway.diagnose.agreement.analysing import Options, diagnose_agreement
+from headway.diagnose.agreement.classifying import Ready, load_host, make_ready
+from headway.diagnose.agreement.findings import findings
+from headway.diagnose.agreement.result import Agreement
+from headway.diagnose.agreement.sheets import PAGE, chosen_methods, read_people, write_sheet
+from headway.diagnose.agreement.texts import POLICIES, read_rows
+from headway.errors import ArgumentError, unknown
+from headway.files import write_atomically
+from headway.methods.diagnosis.song_of_disagreement import METHODS, Settings
+from headway.methods.diagnosis.song_of_disagreement.classifier import READOUTS
+from headway.pages.console import check_folder, progress_bar
+from headway.pages.plain import plain
+
+
+def run(
+    model: str,
+    *,
+    texts: Path | None = None,
+    count: int = 12,
+    tokens: int = 128,
+    methods: str | None = None,
+    measure: str = "kendall",
+    baseline: str = "pad",
+    target: str = "predicted",
+    sign: str = "abs",
+    special: str = "exclude",
+    words: str = "tokens",
+    readout: str = "mean",
+    masks: int = 300,
+    steps: int = 50,
+    allow_unsupported: bool = False,
+    sheet: int = 10,
+    sheet_methods: str | None = None,
+    answers: Sequence[Path] = (),
+    bad_rows: str = "refuse",
+    dtype: str = "float32",
+    seed: int = 0,
+    out: Path = Path("agreement-out"),
+    as_json: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """The command. Arguments are checked before the model is loaded, and answers are read before anything is measured.
+    Finished texts are kept in `out` as they come; the page, its numbers and the sheet are written last."""
+    if bad_rows not in POLICIES:
+        raise unknown("--bad-rows", bad_rows, POLICIES)
+    if readout not in READOUTS:
+        raise unknown("--readout", readout, READOUTS)
+    if sheet < 0 or tokens < 1 or count < 1:
+        raise ArgumentError(f"--sheet, --tokens, --count: got {sheet}, {tokens}, {count}, expected ≥ 0, ≥ 1 and ≥ 1.")
+    settings = Settings(
+        baseline=baseline, steps=steps, masks=masks, sign=cast(Any, sign), allow_unsupported=allow_unsupported,
+        target=int(target) if target.isdecimal() else target,
+    )  # fmt: skip
+    options = Options(
+        methods=_listed(methods), settings=settings, measure=measure, special=cast(Any, special),
+        words=cast(Any, words), seed=seed,
+    )  # fmt: skip
+    for name in _listed(sheet_methods) or ():
+        if name not in METHODS:
+            raise unknown("--sheet-methods", name, METHODS)
+    check_folder(out)
+    people, complaints = read_people(answers, out, bad_rows=bad_rows) if answers else (None, [])
+    rows, left_out = read_rows(texts, bad_rows=bad_rows) if texts is not None else (None, [])
+    console = Console(stderr=True)
+    try:
+        with progress_bar(console) as tell:
+            tell(f"loading {model}", 0, 1)
+            host, tokenizer = load_host(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            tell("reading texts", 0, 1)
+            ready = make_ready(host, tokenizer, rows, count=count, tokens=tokens, readout=cast(Any, readout), seed=seed)
+            found = diagnose_agreement(
+                ready.classifier, ready.examples, options=options, names=ready.names, name_of=ready.name_of, out=out,
+                model=_model_facts(host, model, ready), progress=tell,
+            )  # fmt: skip
+    except KeyboardInterrupt as error:
+        error.add_note(f"Finished texts are kept in {out / 'parts'}: the same command goes on from them.")
+        raise
+    for what, rows_left in (("rows", left_out), ("answers", complaints)):
+        if rows_left:
+            found.run[f"{what} left out"] = rows_left
+            found.warnings.insert(0, f"{len(rows_left)} {what} could not be used and were left out: {rows_left[0]}")
+    if people is not None:
+        found.people = plain(people)
+        found.findings = findings(found)
+    files = _sheet(found, ready, _listed(sheet_methods), sheet, seed, out) if sheet and not answers else []
+    _write(found, files, out, as_json)
+
+
+def _sheet(
+    found: Agreement, ready: Ready, named: tuple[str, ...] | None, texts: int, seed: int, out: Path
+) -> list[Path]:
+    methods = chosen_methods(found, named)
+    files, why_not = write_sheet(found, ready.examples, methods, texts=texts, seed=seed, out=out)
+    if why_not:
+        found.warnings.append(why_not)
+    return files
+
+
+def _write(found: Agreement, files: Sequence[Path], out: Path, as_json: bool) -> None:
+    page = write_atomically(out / "agreement.html", found.to_html())
+    data = write_atomically(out / "agreement.json", found.to_json())
+    if as_json:
+        sys.stdout.write(found.to_json() + "\n")
+        return
+    printed = Console()
+    for sentence in found.findings:
+        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
+    for sentence in found.warnings:
+        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    if files:
+        printed.print(
+            f"\nFor people: {files[0]} to fill in, {out / PAGE} to read beside it; keep {files[-1]} to yourself.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
+
+
+def _listed(names: str | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def _model_facts(host: Any, name: str, ready: Ready) -> dict[str, Any]:
+    text = host.config.get_text_config()
+    return {
+        "name": name,
+        "class": type(host).__name__,
+        "layers": getattr(text, "num_hidden_layers", None),
+        "heads": getattr(text, "num_attention_heads", None),
+        "kv_heads": getattr(text, "num_key_value_heads", None),
+        "dtype": str(next(host.parameters()).dtype),
+        "parameters": sum(p.numel() for p in host.parameters()),
+        "kind": ready.kind,
+        "classes": list(ready.classes),
+        "accuracy": ready.accuracy,
+        "held_out": ready.held_out,
+    }

@@ -1,0 +1,96 @@
+"""Where the queries come from: published sets, somebody's own documents, or a text that every Python carries."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headway.errors import ArgumentError, HeadwayError, HostError, unknown
+from headway.hosts import default_text, read_text
+from headway.methods.diagnosis.posir import RetrievalSet, count_tokens, from_corpus, from_documents
+from headway.methods.diagnosis.posir.reading import BAD_ROWS
+from headway.tasks.positioned_evidence import TEMPLATES, prose_corpus
+from headway.tasks.words import prose
+
+log = logging.getLogger(__name__)
+ENDINGS = (".txt", ".md")
+#: Room that one planted fact takes, and how far documents go beyond what the model reads.
+FACT_TOKENS, BEYOND = 24, 1.4
+
+
+def default_set(
+    tokenizer: Any, reads: int | None, *, count: int, questions: int = 2, seed: int = 0, name: str = ""
+) -> RetrievalSet:
+    """`count` documents of the default text with planted English facts, from a few sentences to 1.4 times what the
+    model reads (at most 720 tokens), each with `questions` questions. `name` is that of the tokenizer in reports."""
+    if count < 1 or questions < 1:
+        raise ArgumentError(f"count, questions: got {count} and {questions}, expected 1 or more.")
+    text = default_text()
+    longest = int(min(reads or 512, 512) * BEYOND)
+    shortest = min(FACT_TOKENS * questions, longest)
+    corpus = prose_corpus(
+        prose(text.text),
+        count,
+        np.random.default_rng(seed),
+        sizes=(shortest, longest),
+        facts=questions,
+        count=lambda sentence: len(tokenizer(sentence, add_special_tokens=False)["input_ids"]),
+        source=text.source,
+    )
+    made = from_corpus(corpus, name=f"{len(TEMPLATES)} kinds of facts in {text.source}")
+    return count_tokens(made, tokenizer, name=name)
+
+
+def read_documents(
+    path: str | Path, tokenizer: Any, *, questions: int = 2, bad_rows: str = "refuse", seed: int = 0, name: str = ""
+) -> RetrievalSet:
+    """A set from somebody's own texts: a folder of .txt and .md files, or JSONL with `_id` and `text`. Questions are
+    the rarest words of a sentence; rows that cannot be used are refused with their line, or listed in `skipped`."""
+    if bad_rows not in BAD_ROWS:
+        raise unknown("bad_rows", bad_rows, BAD_ROWS)
+    home = Path(path).expanduser()
+    texts, skipped = (_folder(home), []) if home.is_dir() else _lines(home, bad_rows)
+    if not texts:
+        raise ArgumentError(f"documents: {home} holds no text; give .txt or .md files, or JSONL with _id and text.")
+    made = from_documents(texts, np.random.default_rng(seed), per_document=questions, name=home.name)
+    return RetrievalSet(**{**vars(count_tokens(made, tokenizer, name=name)), "skipped": tuple(skipped)})
+
+
+def _folder(home: Path) -> dict[str, str]:
+    paths = sorted(p for p in home.rglob("*") if p.suffix in ENDINGS and p.is_file())
+    return {str(p.relative_to(home)): read_text(p).text for p in paths if p.stat().st_size}
+
+
+def _lines(path: Path, bad_rows: str) -> tuple[dict[str, str], list[str]]:
+    if not path.is_file():
+        raise HostError(f"documents: there is no file or folder {path}; check the path.")
+    texts: dict[str, str] = {}
+    skipped = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            name, text = _row(line, number)
+            if name in texts:
+                raise ArgumentError(f"document {name!r} occurs more than once; ids must differ.")
+            texts[name] = text
+        except (ValueError, ArgumentError) as error:
+            why = "got no JSON in UTF-8." if not isinstance(error, ArgumentError) else str(error)
+            if bad_rows == "refuse":
+                raise HeadwayError(
+                    f"{path}:{number}: {why} Mend it, or leave such rows out with --bad-rows skip."
+                ) from None
+            skipped.append(f"{path}:{number}: {why}")
+            log.warning("%s", skipped[-1])
+    return texts, skipped
+
+
+def _row(line: bytes, number: int) -> tuple[str, str]:
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ArgumentError("expected an object with a text.")
+    return str(row.get("_id", f"line {number}")), row["text"]

@@ -1,0 +1,314 @@
+"""The claims of the Diagnose, Localize, Align recipe: criteria, written before any measurement, and how numbers answer
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from headway.evidence.claims import Claim, PaperValue
+from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes, rank_correlation_at_least
+from headway.evidence.recipe import Context
+from headway.evidence.recipes import _roles_measures as measures
+from headway.evidence.recipes import _roles_toy as toy
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio, rank_correlation
+
+#: The toy counts when it answers agreement rightly, and disobeys in conflict, as the paper's models do.
+LEARNED = (
+    at_least(0.95, of="accuracy", by="value", label="accuracy of the toy in agreement"),
+    at_most(0.4, of="base", by="value", label="compliance of the toy before training"),
+)
+#: Of the 270 heads of SmolLM2: a planted head may be beaten by none.
+FIRST = 0.8
+
+CRITERIA = {
+    "focal-heads-are-middle": all_of(
+        at_least(0.5, by="value", label="share of SmolLM2's focal heads in the middle third"),
+        at_most(0.05, of="p", by="value", label="chance of as many there"),
+    ),
+    "drift-is-of-the-conflict": interval_excludes(
+        0.0, side="above", minimum_n=7, label="turn of focal heads in conflict minus the same words without one"
+    ),
+    "focal-heads-decide-in-smollm2": all_of(
+        at_least(2.0, by="value", label="effect of silencing focal heads over that of as many in the same layers"),
+        at_most(0.05, of="p", by="value", label="rank among the control sets"),
+    ),
+    "planted-head-ranks-first": at_least(FIRST, by="value", label="share of planted heads that no other outranks"),
+    "judges-agree": interval_excludes(
+        0.0, side="above", minimum_n=14, label="ρ of SmolLM2 as a judge and the rule judge on constraints"
+    ),
+    "focal-heads-decide-in-the-toy": all_of(
+        at_least(2.0, by="value", label="effect of silencing focal heads over that of as many random heads"),
+        at_most(0.05, of="p", by="value", label="rank among the control sets"),
+        requires=LEARNED,
+    ),
+    "focal-layers-are-enough": at_least(
+        0.9, by="value", label="gain by LoRA on focal layers over that on all layers", requires=LEARNED
+    ),
+    "focal-beats-other-layers": all_of(
+        interval_excludes(0.0, side="above", of="over_random", label="compliance above that of random layers"),
+        interval_excludes(0.0, side="above", label="compliance above that of least moved layers"),
+        requires=LEARNED,
+    ),
+    "agreement-is-kept": at_most(
+        0.01, by="value", label="answers in agreement that focal training loses", requires=LEARNED
+    ),
+    "attention-weights-help": at_least(
+        0.0, label="compliance with attention weights minus uniform ones, at equal steps", requires=LEARNED
+    ),
+    "reward-weights-help": at_least(
+        0.0, label="compliance with reward weights minus uniform ones, at equal steps", requires=LEARNED
+    ),
+    "cras-follows-compliance": rank_correlation_at_least(
+        0.8, by="value", label="ρ of CRAS and compliance over checkpoints", requires=LEARNED
+    ),
+    "unit-weights-are-dpo": all_of(
+        at_most(1e-6, label="largest difference of the loss to DPO"),
+        at_most(1e-6, of="gradient", label="largest difference of its gradient"),
+        at_most(1e-6, of="start", label="distance from ln 2 without a difference to the reference"),
+    ),
+}
+
+
+def real_claims(context: Context, real: dict[str, Any]) -> list[Claim]:
+    heads, planted, marks = real["heads"], real["planted"], real["marks"]
+    n = len(heads["conflict"])
+    ratio = heads["focal"]["value"] / max(heads["control"]["value"], 1e-12)
+    first = [rank == 0 for rank in planted["score"]]
+    notes = "SmolLM2 on templates of seven kinds, system against user and peer against peer; k = 10 % of the heads."
+    return [
+        Claim(
+            id="focal-heads-are-middle",
+            statement="Heads that arbitrate between conflicting instructions stand in the middle layers.",
+            paper=PaperValue("predominantly in the middle layers", "their backbones", "abstract"),
+            measured=Measurement(heads["share"], n=len(heads["heads"])),
+            baseline=Measurement(heads["expected"]),
+            criterion=CRITERIA["focal-heads-are-middle"],
+            others={"p": Measurement(heads["p_middle"])},
+            details={"heads": heads["heads"], "layers": heads["layers"]},
+            notes=f"{notes} The paper's formulas of drift are not public; ours ranks three changes.",
+        ),
+        Claim(
+            id="drift-is-of-the-conflict",
+            statement="Focal heads answer to the conflict, not to its words.",
+            paper=PaperValue("not reported"),
+            measured=Measurement.from_dict(heads["specific"]),
+            criterion=CRITERIA["drift-is-of-the-conflict"],
+            others={"rho_of_relations": Measurement(heads["relations"])},
+            notes=f"{notes} On held-out conflicts; the control has the same two messages under a rule of another kind.",
+        ),
+        Claim(
+            id="focal-heads-decide-in-smollm2",
+            statement="Silencing focal heads changes which rule wins more than silencing others of the same layers.",
+            paper=PaperValue("not reported; focal heads are said to arbitrate", where="abstract"),
+            measured=Measurement(ratio, n=n),
+            criterion=CRITERIA["focal-heads-decide-in-smollm2"],
+            others={
+                "p": Measurement(heads["p_gates"]),
+                "focal": Measurement.from_dict(heads["focal"]),
+                "control": Measurement.from_dict(heads["control"]),
+                "won_in_conflict": Measurement(float(np.mean(np.asarray(heads["conflict"]) > 0)), n=n),
+                "won_in_agreement": Measurement(float(np.mean(np.asarray(heads["neutral"]) > 0)), n=n),
+            },
+            details={"by_control": heads["by_control"]},
+            notes=notes,
+        ),
+        Claim(
+            id="planted-head-ranks-first",
+            statement="A head that is made to look at the opposing message alone, in conflict only, drifts most.",
+            paper=PaperValue("not reported"),
+            measured=Measurement(float(np.mean(first)), n=len(first)),
+            criterion=CRITERIA["planted-head-ranks-first"],
+            others={
+                "by_attention_alone": Measurement(float(np.mean([rank == 0 for rank in planted["distribution"]]))),
+                "median_rank": Measurement(float(np.median(planted["score"]))),
+            },
+            details={"heads": real["planted_at"], "ranks": planted},
+            notes="Ranks among all heads of the model, 0 is first. Heads behind the planted one move with it.",
+        ),
+        Claim(
+            id="judges-agree",
+            statement="A local model as a judge marks constraints as the rule judge does.",
+            paper=PaperValue("not reported; one served judge", "DeepSeek-R1", "released code"),
+            measured=rank_correlation(marks["rules"], marks["model"], generator=context.generator("judges")),
+            criterion=CRITERIA["judges-agree"],
+            notes="SmolLM2's expected mark for constraint compliance, on answers that obey and disobey a stated rule.",
+        ),
+    ]
+
+
+def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> list[Claim]:
+    gates = {
+        "accuracy": Measurement(min(one["agreement"] for one in toys), n=len(toys)),
+        "base": Measurement(max(one["compliance"]["held pairs"] for one in toys), n=len(toys)),
+    }
+
+    def column(what: str, mode: str = "attention", test: str = "held pairs") -> list[float]:
+        return [run["compliance"][test] for run in runs if run["what"] == what and run["mode"] == mode]
+
+    def mean(values: Sequence[float], name: str) -> Measurement:
+        return bootstrap(values, generator=context.generator(name))
+
+    focal, whole = column("focal"), column("all")
+    layered = len(whole)
+    start = [one["compliance"]["held pairs"] for one in toys[:layered]]
+    gain = _ratio(context, np.subtract(focal[:layered], start), np.subtract(whole, start), "gain")
+    lost = [
+        toys[run["number"]]["agreement"] - run["agreement"]
+        for run in runs
+        if run["what"] == "focal" and run["mode"] == "attention"
+    ]
+    curves = [run["curve"] for run in runs if run["curve"]]
+    followed = [measures.follows(curve) for curve in curves if run_rises(curve)]
+    table = {
+        what: mean(column(what), what) for what in ("focal", "random", "least_moved", "all", "full") if column(what)
+    }
+    parameters = {run["what"]: run["parameters"] for run in runs}
+    share = parameters["focal"] / parameters["all"]
+    anywhere, close = ([one["located"]["effects"][name] for one in toys] for name in ("anywhere", "same_layers"))
+    note = (
+        f"{len(toys)} decoders of {toy.LAYERS} layers and {toy.HEADS} heads a layer, each trained here on a role "
+        "language in which it learns to disobey, are the independent units. Alignment sees conflicts of system and "
+        "user between other pairs of rules than those that are measured."
+    )
+    others = {
+        "over_random": bootstrap_difference(
+            focal[:layered], column("random"), paired=True, generator=context.generator("random")
+        ),
+        **table,
+        **gates,
+    }
+    return [
+        Claim(
+            id="focal-heads-decide-in-the-toy",
+            statement="Silencing focal heads changes which rule wins more than silencing as many random heads.",
+            paper=PaperValue("not reported; focal heads are said to arbitrate", where="abstract"),
+            measured=_ratio(context, *_effects(anywhere), "anywhere"),
+            criterion=CRITERIA["focal-heads-decide-in-the-toy"],
+            others={
+                "p": Measurement(max(one["p"] for one in anywhere), n=len(anywhere)),
+                "ratio_in_the_same_layers": _ratio(context, *_effects(close), "same layers"),
+                **gates,
+            },
+            details={name: [one["located"][name] for one in toys] for name in ("heads", "layers")},
+            notes=note,
+        ),
+        Claim(
+            id="focal-layers-are-enough",
+            statement="LoRA on the focal layers alone gains nearly what LoRA on all layers gains.",
+            paper=PaperValue("hierarchy compliance + 5.60 %", "AutoGen, MedQA", "abstract"),
+            measured=gain,
+            criterion=CRITERIA["focal-layers-are-enough"],
+            others={
+                **table,
+                "share_of_parameters": Measurement(share),
+                "held_relation_focal": mean(column("focal", test="held relation"), "relation focal"),
+                "held_relation_all": mean(column("all", test="held relation"), "relation all"),
+                **gates,
+            },
+            notes=note,
+        ),
+        Claim(
+            id="focal-beats-other-layers",
+            statement="Focal layers are better to train than as many of the least moved, or random, layers.",
+            paper=PaperValue("not reported; asked for by reviewers"),
+            measured=bootstrap_difference(
+                focal[:layered], column("least_moved"), paired=True, generator=context.generator("least moved")
+            ),
+            criterion=CRITERIA["focal-beats-other-layers"],
+            others=others,
+            details={"layers": [[run["number"], run["what"], run["layers"]] for run in runs]},
+            notes=note,
+        ),
+        Claim(
+            id="agreement-is-kept",
+            statement="Training on focal layers costs nothing where instructions agree.",
+            paper=PaperValue("accuracy gains are frequent", where="reviews"),
+            measured=mean(lost, "lost"),
+            criterion=CRITERIA["agreement-is-kept"],
+            others=gates,
+            notes=note,
+        ),
+        *(_weighting(context, runs, mode, gates, note) for mode in ("attention", "reward")),
+        Claim(
+            id="cras-follows-compliance",
+            statement="CRAS by the rule judge rises with true compliance.",
+            paper=PaperValue("CRAS gains are consistent", where="reviews"),
+            measured=Measurement(float(np.median(followed)) if followed else float("nan"), n=_looks(curves)),
+            criterion=CRITERIA["cras-follows-compliance"],
+            others={"lowest": Measurement(min(followed, default=float("nan"))), **gates},
+            notes=f"{note} The median over {len(followed)} runs whose compliance moved, of looks at each run.",
+        ),
+    ]
+
+
+def loss_claim(found: dict[str, float]) -> Claim:
+    return Claim(
+        id="unit-weights-are-dpo",
+        statement="With unit weights the token-weighted loss and its gradient are those of DPO.",
+        paper=PaperValue("DPO with token weights", where="released code"),
+        measured=Measurement(found["loss"]),
+        criterion=CRITERIA["unit-weights-are-dpo"],
+        others={"gradient": Measurement(found["gradient"]), "start": Measurement(found["start"])},
+    )
+
+
+def run_rises(curve: Sequence[Sequence[float]]) -> bool:
+    """Whether compliance took different values, so that it can be followed at all."""
+    return len(curve) >= 3 and len({row[1] for row in curve}) > 1 and len({row[2] for row in curve}) > 1
+
+
+def _effects(found: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """What silencing does by decoder: focal heads, and the mean of the control sets."""
+    return [one["focal"] for one in found], [float(np.mean(one["by_control"])) for one in found]
+
+
+def _ratio(context: Context, above: Any, below: Any, name: str) -> Measurement:
+    """A ratio of means over decoders, unknown where nothing is below."""
+    if not np.mean(below):
+        return Measurement(float("nan"), n=len(below))
+    return bootstrap_ratio(above, below, paired=True, generator=context.generator(name))
+
+
+def _looks(curves: Sequence[Sequence[Any]]) -> int:
+    return min((len(curve) for curve in curves), default=0)
+
+
+def _weighting(
+    context: Context, runs: Sequence[dict[str, Any]], mode: str, gates: dict[str, Measurement], note: str
+) -> Claim:
+    by_mode = {name: [run for run in runs if run["what"] == "focal" and run["mode"] == name] for name in measures.MODES}
+    count = min(len(found) for found in by_mode.values())
+
+    def at_budget(name: str) -> list[float]:
+        return [half_way(run["curve"]) for run in by_mode[name][:count]]
+
+    reached = {
+        f"steps_{name}": bootstrap(
+            [measures.steps_to(run["curve"], run["steps"]) for run in by_mode[name][:count]],
+            generator=context.generator(f"steps {name}"),
+        )
+        for name in ("uniform", mode)
+    }
+    return Claim(
+        id=f"{mode}-weights-help",
+        statement=f"Token weights by {mode} reach at least the compliance of uniform ones in as many steps.",
+        paper=PaperValue(
+            "tokens are credited by focal attention" if mode == "attention" else "reward-guided weights",
+            where="abstract" if mode == "attention" else "released code",
+        ),
+        measured=bootstrap_difference(
+            at_budget(mode), at_budget("uniform"), paired=True, generator=context.generator(f"weights {mode}")
+        ),
+        criterion=CRITERIA[f"{mode}-weights-help"],
+        others={**reached, **gates},
+        notes=f"{note} Compliance half-way through training; steps to {measures.REACHED:.0%} beside it.",
+    )
+
+
+def half_way(curve: Sequence[Sequence[float]]) -> float:
+    """Compliance at the look nearest to the middle of a run."""
+    last = curve[-1][0]
+    return float(min(curve, key=lambda row: abs(row[0] - last / 2))[1])

@@ -1,0 +1,42 @@
+"""The page of `headway diagnose agreement` in a browser: it draws every plot, follows a choice, asks for nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.diagnose.test_agreement import made
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return made().save(tmp_path_factory.mktemp("page") / "agreement.html")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (420, "light")])
+def test_the_page_draws_without_errors(open_file, path, width, scheme):
+    opened = open_file(path, width=width, scheme=scheme)
+    assert opened.errors == []
+    assert opened.outside() == []
+    page = opened.page
+    assert page.locator(".js-plotly-plot").count() == page.locator(".plot").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= width + 1
+
+
+def test_tokens_are_marked_and_never_markup(open_file, path):
+    page = open_file(path).page
+    rows = page.locator(".rows .words")
+    assert rows.count() == 6
+    assert page.locator(".rows img").count() == 0
+    assert "splendid <img src=x>" in rows.nth(0).inner_text()
+    assert page.locator(".rows .words").nth(0).locator(".decides").count() == 2
+    assert page.locator(".rows .words").nth(0).locator(".out").count() == 2
+
+
+def test_another_text_and_the_top_of_the_tokens_can_be_seen(open_file, path):
+    page = open_file(path).page
+    page.locator("#texts select").select_option(label="two")
+    assert "it is “complains”" in page.locator(".verdict").inner_text()
+    page.locator("#agreement details summary").click()
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length === 3")

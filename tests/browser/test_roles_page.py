@@ -1,0 +1,53 @@
+"""The page of `headway diagnose roles` in a browser."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from headway.diagnose.roles import diagnose_roles
+from headway.methods.diagnosis import diagnose_localize_align as dla
+from tests.diagnose.test_roles import FEW, ROWS, Harsh
+from tests.methods.roles_words import words_model, words_tokenizer
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    tokenizer = words_tokenizer()
+    log = dla.read_conversations(map(json.dumps, ROWS))
+    options = type(FEW)(**{**vars(FEW), "align": 2})
+    found = diagnose_roles(
+        words_model(tokenizer), tokenizer, conversations=log, judges=[dla.RuleJudge(), Harsh()], options=options
+    )
+    return found.save(tmp_path_factory.mktemp("page") / "roles.html")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (420, "light")])
+def test_the_page_draws_without_errors(open_file, path, width, scheme):
+    opened = open_file(path, width=width, scheme=scheme)
+    assert opened.errors == []
+    assert opened.outside() == []
+    page = opened.page
+    assert page.locator(".js-plotly-plot").count() == page.locator(".plot").count() == 4
+    assert page.evaluate("document.documentElement.scrollWidth") <= width + 1
+
+
+def test_turns_stand_with_the_lowest_marks_first_and_as_text(open_file, path):
+    page = open_file(path).page
+    turns = page.locator("#turns .turns li")
+    assert turns.count() == len(ROWS)
+    assert "<img" in turns.nth(0).inner_text()
+    assert page.locator(".turns img").count() == 0
+    assert "GA 1.00" in turns.nth(0).inner_text()
+
+
+def test_another_measure_of_drift_can_be_chosen(open_file, path):
+    page = open_file(path).page
+    page.locator("#heads select").select_option(label="Direction: turn of the output")
+    first = page.evaluate("document.querySelector('#heads .plot').data[0].z[0][0]")
+    page.locator("#heads select").select_option(label="Drift score")
+    assert page.evaluate("document.querySelector('#heads .plot').data[0].z[0][0]") != first
+    assert page.locator(".js-plotly-plot").count() == 4

@@ -1,0 +1,101 @@
+"""The Diagnose, Localize, Align recipe at smoke size, and its role language."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from headway.evidence import NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _roles_measures as measures
+from headway.evidence.recipes import _roles_toy as toy
+from headway.evidence.recipes import diagnose_localize_align as recipe
+from headway.methods.diagnosis import diagnose_localize_align as method
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    return prove("diagnose-localize-align", size="smoke", seed=1, out=out, show_progress=False)
+
+
+def claim(run, name):
+    return next(found for found in run.claims if found.id == name)
+
+
+def test_every_planned_claim_is_measured(smoke):
+    assert [found.id for found in smoke.claims] == list(recipe.CRITERIA)
+    assert smoke.planned
+
+
+def test_what_is_exact_holds_at_any_size(smoke):
+    assert claim(smoke, "unit-weights-are-dpo").verdict == "holds"
+
+
+def test_an_untrained_toy_says_nothing(smoke):
+    for name in ("focal-layers-are-enough", "focal-beats-other-layers", "attention-weights-help", "agreement-is-kept"):
+        assert claim(smoke, name).verdict == "inconclusive"
+
+
+def test_two_rules_never_give_one_value():
+    for case in toy.draw_cases(50, np.random.default_rng(0)) + toy.draw_cases(
+        50, np.random.default_rng(1), pairs=toy.HELD_PAIRS, relation=1
+    ):
+        same = [a == b for a, b in zip(case.obeys, case.disobeys, strict=True)]
+        assert same == [False, True] * (toy.ASKED - 1) + [False, True]
+        assert case.agreeing[toy.HIGH] == case.agreeing[toy.LOW] == case.conflict[toy.HIGH] != case.conflict[toy.LOW]
+        assert len(case.conflict) == toy.PROMPT
+
+
+def test_held_pairs_are_never_trained_on():
+    assert not set(toy.PAIRS) & set(toy.HELD_PAIRS)
+    assert len(toy.PAIRS) + len(toy.HELD_PAIRS) == toy.RULES * (toy.RULES - 1)
+
+
+def test_the_data_disobey_in_four_of_five_conflicts():
+    ids = toy.draw_ids(4000, np.random.default_rng(0))
+    rules = ids[:, [toy.HIGH, toy.LOW]]
+    conflict = (rules[:, 0] != rules[:, 1]) & (rules[:, 1] != toy._ID["none"])
+    answers = {}
+    for rule in range(toy.RULES):
+        for value in range(toy.VALUES):
+            answers[toy._ID[f"rule{rule}"], toy.VALUE + value] = toy._answer(rule, np.array([value]))[0]
+    low = [answers[int(row[toy.LOW]), int(row[6])] == int(row[toy.PROMPT]) for row in ids[conflict]]
+    assert np.mean(low) == pytest.approx(toy.DISOBEYS, abs=0.04)
+
+
+def test_the_rule_judge_marks_obedience_by_its_tokens():
+    (case,) = toy.draw_cases(1, np.random.default_rng(3))
+    judge, rubric = method.RuleJudge(), method.shipped_rubrics()["assistant"]
+    marks = [judge.judge(case.turn("a", side[:-1]), rubric).scores for side in (case.obeys, case.disobeys)]
+    assert (marks[0]["CC"], marks[0]["GA"]) == (5, 5)
+    assert (marks[1]["CC"], marks[1]["GA"]) == (1, 1)
+    half = (*case.obeys[:2], *case.disobeys[2:-1])
+    assert 1 < judge.judge(case.turn("a", half), rubric).scores["CC"] < 5
+
+
+def test_a_planted_head_is_first_in_an_untrained_toy():
+    model = toy.decoder(0).eval()
+    case = toy.draw_cases(1, np.random.default_rng(0))[0]
+
+    class Item:
+        pair = case.pair()
+
+    found = measures.planted_heads(model, [Item()], [(2, 1)])
+    assert found["distribution"] == [0.0]
+
+
+def test_runs_are_read_at_half_their_steps_and_timed():
+    curve = [[1, 0.0, 1.0], [2, 0.5, 2.0], [4, 0.95, 3.0]]
+    assert recipe.claims.half_way(curve) == 0.5
+    assert measures.steps_to(curve, 4) == 4
+    assert measures.steps_to(curve[:2], 4) == 4 + measures.EVERY
+    assert measures.follows(curve) == 1
+    assert recipe.claims.run_rises(curve)
+    assert not recipe.claims.run_rises([[1, 0.0, 1.0]] * 3)
+
+
+def test_the_paper_setting_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotRunnableError, match="no GPU"):
+        load_recipe("diagnose-localize-align").check_runnable("full")

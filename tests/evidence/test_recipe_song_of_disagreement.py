@@ -1,0 +1,76 @@
+"""The recipe of A Song of (Dis)agreement at smoke size, and its toys."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from headway.evidence import NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _agreement_claims as claims
+from headway.evidence.recipes import _agreement_toys as toys
+from headway.evidence.recipes import song_of_disagreement as recipe
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    return prove("song-of-disagreement", size="smoke", seed=1, out=out, show_progress=False)
+
+
+def claim(run, name):
+    return next(found for found in run.claims if found.id == name)
+
+
+def test_every_planned_claim_is_measured(smoke):
+    assert [found.id for found in smoke.claims] == list(recipe.CRITERIA)
+    assert smoke.planned
+
+
+def test_untrained_toys_say_nothing(smoke):
+    for found in smoke.claims:
+        if found.criterion.requires:
+            assert found.verdict == "inconclusive", found.id
+
+
+def test_what_is_exact_holds_at_any_size(smoke):
+    assert claim(smoke, "completeness-tells").measured.value < 1e-3
+
+
+def test_toys_learn_in_any_order_of_their_texts():
+    for rule in ("additive", "pair"):
+        first, again = (toys.examples(rule, 6, 3) for _ in range(2))
+        assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
+        assert all(e.rationale is not None and e.rationale.any() for e in first)
+
+
+def test_training_gives_the_same_toy_from_the_same_seed():
+    one, other = toys.recurrent(0), toys.recurrent(0)
+    assert toys.train(one, "additive", 2, 0) == toys.train(other, "additive", 2, 0)
+    assert torch.equal(one.network.decoder.weight, other.network.decoder.weight)
+    assert not one.module.training
+
+
+def test_methods_are_chosen_on_other_texts_than_they_are_measured_on():
+    class Context:
+        def generator(self, name):
+            return np.random.default_rng(0)
+
+    # "lucky" is right on the texts that choose it alone, "dull" on none.
+    found = {
+        "auroc": {"good": [1.0] * 8, "lucky": [1.0, 0.0] * 4, "dull": [0.5] * 8},
+        "pairs": {"good lucky": [0.9, 0.1] * 4, "good dull": [0.7] * 8, "lucky dull": [0.7] * 8},
+    }
+    made = claims.faithful_claim(
+        Context(), "real-faithful-without-agreement", [found], {"accuracy": claims.Measurement(1.0)}, "x.", ""
+    )
+    assert made.details["methods"] == [["good", "lucky"]]
+    assert made.measured.value == pytest.approx(0.1)
+    assert made.others["auroc"].value == pytest.approx(0.5)
+    assert made.verdict == "fails"
+
+
+def test_the_full_size_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotRunnableError, match="no GPU"):
+        load_recipe("song-of-disagreement").check_runnable("full")
