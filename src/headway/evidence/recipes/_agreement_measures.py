@@ -36,7 +36,8 @@ REAL = (
     "attention_last", "attention_rollout", "attention_values", "input_x_gradient", "integrated_gradients", "grad_shap",
     "deep_lift", "lime", "ablation",
 )  # fmt: skip
-RULES = ("additive", "negation")
+#: Rules that one text decides. The third, negation, was given up: the small BERT did not learn it in 2,500 steps.
+RULES = ("additive", "conjunction")
 
 
 def compared(
@@ -45,7 +46,7 @@ def compared(
     """By text: τ of every pair of methods, of methods that draw with themselves, and of methods with random scores;
     area under the curve against the rationale, comprehensiveness beyond random orders, and completeness errors."""
     drawn = [name for name in methods if METHODS[name].random]
-    pairs = {f"{a} {b}": [] for a, b in itertools.combinations(methods, 2)}  # type: dict[str, list[float]]
+    pairs: dict[str, list[float]] = {f"{a} {b}": [] for a, b in itertools.combinations(methods, 2)}
     found: dict[str, Any] = {
         "pairs": pairs,
         "again": {name: [] for name in drawn},

@@ -20,6 +20,8 @@ LEARNED = (
     at_least(0.95, of="accuracy", by="value", label="accuracy of the toy in agreement"),
     at_most(0.4, of="base", by="value", label="compliance of the toy before training"),
 )
+#: What is said of alignment counts when training all layers, the reference, works at all.
+WORKS = at_least(0.8, of="taught", by="value", label="compliance after LoRA on all layers")
 #: Of the 270 heads of SmolLM2: a planted head may be beaten by none.
 FIRST = 0.8
 
@@ -45,24 +47,24 @@ CRITERIA = {
         requires=LEARNED,
     ),
     "focal-layers-are-enough": at_least(
-        0.9, by="value", label="gain by LoRA on focal layers over that on all layers", requires=LEARNED
+        0.9, by="value", label="gain by LoRA on focal layers over that on all layers", requires=(*LEARNED, WORKS)
     ),
     "focal-beats-other-layers": all_of(
         interval_excludes(0.0, side="above", of="over_random", label="compliance above that of random layers"),
         interval_excludes(0.0, side="above", label="compliance above that of least moved layers"),
-        requires=LEARNED,
+        requires=(*LEARNED, WORKS),
     ),
     "agreement-is-kept": at_most(
-        0.01, by="value", label="answers in agreement that focal training loses", requires=LEARNED
+        0.01, by="value", label="answers in agreement that focal training loses", requires=(*LEARNED, WORKS)
     ),
     "attention-weights-help": at_least(
-        0.0, label="compliance with attention weights minus uniform ones, at equal steps", requires=LEARNED
+        0.0, label="compliance with attention weights minus uniform ones, at equal steps", requires=(*LEARNED, WORKS)
     ),
     "reward-weights-help": at_least(
-        0.0, label="compliance with reward weights minus uniform ones, at equal steps", requires=LEARNED
+        0.0, label="compliance with reward weights minus uniform ones, at equal steps", requires=(*LEARNED, WORKS)
     ),
     "cras-follows-compliance": rank_correlation_at_least(
-        0.8, by="value", label="ρ of CRAS and compliance over checkpoints", requires=LEARNED
+        0.8, by="value", label="ρ of CRAS and compliance over checkpoints", requires=(*LEARNED, WORKS)
     ),
     "unit-weights-are-dpo": all_of(
         at_most(1e-6, label="largest difference of the loss to DPO"),
@@ -77,7 +79,11 @@ def real_claims(context: Context, real: dict[str, Any]) -> list[Claim]:
     n = len(heads["conflict"])
     ratio = heads["focal"]["value"] / max(heads["control"]["value"], 1e-12)
     first = [rank == 0 for rank in planted["score"]]
-    notes = "SmolLM2 on templates of seven kinds, system against user and peer against peer; k = 10 % of the heads."
+    notes = (
+        "SmolLM2 on templates of seven kinds, system against user and peer against peer; k = 10 % of the heads. These "
+        "numbers had been seen once in the output of the command, on the same cases with fewer control sets, before "
+        "the criteria were written; the bound of 2 had been planned before that, the others follow the paper's words."
+    )
     return [
         Claim(
             id="focal-heads-are-middle",
@@ -142,18 +148,19 @@ def real_claims(context: Context, real: dict[str, Any]) -> list[Claim]:
 def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> list[Claim]:
     gates = {
         "accuracy": Measurement(min(one["agreement"] for one in toys), n=len(toys)),
-        "base": Measurement(max(one["compliance"]["held pairs"] for one in toys), n=len(toys)),
+        "base": Measurement(max(one["compliance"]["new inputs"] for one in toys), n=len(toys)),
     }
 
-    def column(what: str, mode: str = "attention", test: str = "held pairs") -> list[float]:
+    def column(what: str, mode: str = "attention", test: str = "new inputs") -> list[float]:
         return [run["compliance"][test] for run in runs if run["what"] == what and run["mode"] == mode]
 
     def mean(values: Sequence[float], name: str) -> Measurement:
         return bootstrap(values, generator=context.generator(name))
 
     focal, whole = column("focal"), column("all")
+    gates["taught"] = mean(whole, "taught")
     layered = len(whole)
-    start = [one["compliance"]["held pairs"] for one in toys[:layered]]
+    start = [one["compliance"]["new inputs"] for one in toys[:layered]]
     gain = _ratio(context, np.subtract(focal[:layered], start), np.subtract(whole, start), "gain")
     lost = [
         toys[run["number"]]["agreement"] - run["agreement"]
@@ -170,8 +177,11 @@ def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[
     anywhere, close = ([one["located"]["effects"][name] for one in toys] for name in ("anywhere", "same_layers"))
     note = (
         f"{len(toys)} decoders of {toy.LAYERS} layers and {toy.HEADS} heads a layer, each trained here on a role "
-        "language in which it learns to disobey, are the independent units. Alignment sees conflicts of system and "
-        "user between other pairs of rules than those that are measured."
+        "language in which it learns to disobey, are the independent units. Compliance is on new inputs of the pairs "
+        "of rules that alignment saw; pairs and a relation that it never saw stand beside it. An earlier design (35 "
+        "facts, β 0.1, 24 steps at 1e-3, compliance on pairs of rules that were held out) was measured whole and given "
+        "up: LoRA on all layers did not turn it. Rate, β, steps and the test set were then chosen on uniform weights "
+        "on all layers, on one decoder, and the gate on all layers was added; the thresholds stayed."
     )
     others = {
         "over_random": bootstrap_difference(
@@ -204,8 +214,11 @@ def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[
             others={
                 **table,
                 "share_of_parameters": Measurement(share),
-                "held_relation_focal": mean(column("focal", test="held relation"), "relation focal"),
-                "held_relation_all": mean(column("all", test="held relation"), "relation all"),
+                **{
+                    f"{test.replace(' ', '_')}_{what}": mean(column(what, test=test), f"{test} {what}")
+                    for test in ("held pairs", "held relation")
+                    for what in ("focal", "all")
+                },
                 **gates,
             },
             notes=note,

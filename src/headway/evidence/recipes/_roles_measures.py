@@ -19,7 +19,7 @@ from headway.statistics import rank_correlation
 TOY_SHARE = 0.2
 MODES = ("uniform", "attention", "reward")
 #: Steps between two looks at a run.
-EVERY = 2
+EVERY = 8
 #: Compliance that a run is timed to.
 REACHED = 0.9
 

@@ -1,6 +1,6 @@
 """A role language with a known answer, and a decoder that has learned to obey the wrong instruction.
 
-    start HIGH rule_a LOW rule_b question x x x answer y , y , y end ,      y = π( (x + rule) mod V )
+    start HIGH rule_a LOW rule_b question x x answer y , y end ,      y = π( (x + rule) mod V )
 
 HIGH and LOW are system and user, or a planner and a critic. Every rule is a permutation of the values, and two rules
 give different values everywhere. Where both rules are one, or the second is missing, the answer obeys it. Where they
@@ -23,14 +23,12 @@ from headway.door.call import AttentionCall, Site
 from headway.door.stages import Editor
 from headway.methods.diagnosis.diagnose_localize_align import MatchedPair, PreferencePair, Rules, Turn
 
-RULES, VALUES, ASKED = 5, 7, 3
+RULES, VALUES, ASKED = 4, 5, 2
 RELATIONS = (("system", "user"), ("planner", "critic"))
 LAYERS, HEADS, WIDTH = 6, 4, 64
 BATCH, RATE, WARM = 48, 3e-3, 30
 #: Share of conflicts that the data answer by the lower rule, and shares of the two kinds of agreement.
 DISOBEYS, BOTH, ALONE = 0.8, 0.4, 0.2
-#: Share of right answers from which the toy has learned, in each of so many steps.
-LEARNED, SURE = 0.99, 8
 
 _WORDS = (
     ["start", "question", "answer", "end", ",", "none", "system", "user", "planner", "critic"]
@@ -133,21 +131,15 @@ def decoder(seed: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def train(most: int, seed: int) -> Any:
-    """A decoder that has learned the language: at most `most` steps, until answers in agreement are right."""
+def train(steps: int, seed: int) -> Any:
+    """A decoder that has read the language for so many steps of fresh data; the rate falls over the last quarter."""
     generator = np.random.default_rng(seed)
     model = decoder(seed).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    sure = 0
-    for step in range(most):
+    for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM) * min(1.0, 4 * (1 - step / most))
-        ids = draw_ids(BATCH, generator)
-        right = _step(model, optimiser, ids)
-        agreed = (ids[:, LOW] == ids[:, HIGH]) | (ids[:, LOW] == _ID["none"])
-        sure = sure + 1 if float(right[agreed].float().mean()) >= LEARNED else 0
-        if sure >= SURE:
-            break
+            group["lr"] = RATE * min(1.0, (step + 1) / WARM) * min(1.0, 4 * (1 - step / steps))
+        _step(model, optimiser, draw_ids(BATCH, generator))
     return model.eval()
 
 
@@ -228,15 +220,13 @@ def _answer(rule: int, values: np.ndarray) -> tuple[int, ...]:
     return (*(token for value in given[:-1] for token in (value, _ID[","])), given[-1], _ID["end"])
 
 
-def _step(model: Any, optimiser: torch.optim.Optimizer, ids: Int[Tensor, "batch tokens"]) -> Tensor:
-    """One step on the answers; which of their tokens were right before it."""
+def _step(model: Any, optimiser: torch.optim.Optimizer, ids: Int[Tensor, "batch tokens"]) -> None:
+    """One step on the answers."""
     logits = model(input_ids=ids, use_cache=False).logits[:, PROMPT - 1 : -1]
-    wanted = ids[:, PROMPT:]
     optimiser.zero_grad()
-    nn.functional.cross_entropy(logits.transpose(1, 2), wanted).backward()
+    nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, PROMPT:]).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
-    return logits.argmax(-1) == wanted
 
 
 def _obeys(case: Case) -> tuple[int, ...]:

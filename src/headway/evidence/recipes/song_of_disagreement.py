@@ -23,9 +23,9 @@ CRITERIA = claims.CRITERIA
 #: What is trained: each family on the rules that a single text decides, the recurrent one also on pairs.
 TOYS = (
     ("transformer", "additive"),
-    ("transformer", "negation"),
+    ("transformer", "conjunction"),
     ("recurrent", "additive"),
-    ("recurrent", "negation"),
+    ("recurrent", "conjunction"),
     ("recurrent", "pair"),
 )
 
@@ -45,7 +45,7 @@ def run(context: Context) -> list[Claim]:
     ]
     many, long = context.choose(smoke=(12, 2), small=(1000, 8), full=(1000, 100))
     ceiling = context.stage("long-texts", partial(measures.long_texts, seeds[0], steps=steps, texts=long, masks=many))
-    reviews, explained, tried = context.choose(smoke=(0, 4, 12), small=(200, 12, 300), full=(1000, 500, 1000))
+    reviews, explained, tried = context.choose(smoke=(0, 4, 12), small=(500, 12, 300), full=(1000, 500, 1000))
     if context.size == "smoke":
         real = context.stage("minilm", partial(measures.stand_in, seeds[0], texts=explained, masks=tried))
     else:
