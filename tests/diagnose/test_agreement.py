@@ -224,6 +224,15 @@ def test_the_thesis_is_told_when_it_is_so():
     assert "LIME was preferred most" in told
 
 
+def test_a_baseline_that_decides_much_is_warned_of():
+    told = " ".join(findings.warnings(made()))
+    assert "other baselines than pad agree with themselves by mean 0.6 only" in told
+    assert "right on 80 %" in told
+    steady = made()
+    steady.controls["baselines"] = {"mean": measurement(0.9)}
+    assert "other baselines" not in " ".join(findings.warnings(steady))
+
+
 def test_the_least_and_most_alike_are_named():
     first = findings.findings(made())[0]
     assert "0.3 on average over 15 pairs" in first

@@ -13,6 +13,10 @@ from headway.statistics import Measurement, number
 FINDS = 0.9
 #: Relative completeness error beyond which an attribution that promises to add up is warned of.
 ERROR = 0.05
+#: Agreement of integrated gradients across baselines below which the choice is warned of.
+STEADY = 0.7
+#: Characters of a reason that are shown; `refused` has it whole.
+SHOWN = 200
 #: Texts below which the averages are warned of.
 FEW = 10
 
@@ -32,7 +36,7 @@ def warnings(found: Agreement) -> list[str]:
     if len(found.texts) < FEW:
         told.append(f"{len(found.texts)} texts are few; intervals over texts are wide. Use more with --count.")
     for name, reason in found.refused.items():
-        told.append(f"{name} was left out. {reason}")
+        told.append(f"{name} was left out. {reason if len(reason) <= SHOWN else reason[:SHOWN] + '…'}")
     lost = [(p["undefined"], p["short"]) for p in found.pairs]
     short, undefined = max(s for _, s in lost), max(u for u, _ in lost)
     if short:
@@ -47,13 +51,13 @@ def warnings(found: Agreement) -> list[str]:
                 f"The attributions of {m['words']} miss what they should add up to by {_share(m['completeness'])} "
                 f"(median).{' ' + m['note'].capitalize() + '.' if m['note'] else ''}"
             )
-    for kind, tau in found.controls["baselines"].items():
-        if tau is not None and tau["value"] < 0.7:
-            told.append(
-                f"Integrated gradients from the {kind} baseline agree with those from the "
-                f"{found.run['settings']['settings']['baseline']} baseline by {_tau(tau)} only: the baseline is part "
-                "of the explanation."
-            )
+    other = {kind: tau["value"] for kind, tau in found.controls["baselines"].items() if tau is not None}
+    if other and min(other.values()) < STEADY:
+        listed = ", ".join(f"{kind} {_short(value)}" for kind, value in other.items())
+        told.append(
+            f"Integrated gradients from other baselines than {found.run['settings']['settings']['baseline']} agree "
+            f"with themselves by {listed} only: the baseline is part of the explanation."
+        )
     told.append(
         "Agreement between methods is no evidence that either is right, and disagreement none that one is wrong. Read "
         "it beside the noise ceilings and the tests of being right."

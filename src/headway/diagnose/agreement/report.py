@@ -19,6 +19,7 @@ def render(found: Agreement) -> str:
     """The page as one self-contained HTML file, without any network access."""
     run = {k: v for k, v in found.run.items() if k != "settings"}
     settings = dict(found.run.get("settings", {}))
+    settings = {**settings.pop("settings", {}), **settings}
     sections = [("texts", "Texts"), ("agreement", "Agreement"), ("right", "Who is right"), ("controls", "Controls")]
     if found.people:
         sections.append(("people", "People"))
@@ -44,7 +45,7 @@ def render(found: Agreement) -> str:
                 "Run",
                 [*flat(run), *flat({k: v for k, v in found.model.items() if k in ("kind", "accuracy", "held_out")})],
             ),
-            ("Settings", list(flat({**settings, **settings.pop("settings", {})}))),
+            ("Settings", list(flat(settings))),
         ],
         texts=[{"name": t["name"], "text": " ".join(t["tokens"])} for t in found.texts],
     )

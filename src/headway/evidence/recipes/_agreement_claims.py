@@ -106,8 +106,9 @@ def toy_claims(context: Context, found: Sequence[dict[str, Any]]) -> list[Claim]
             "Methods that find the planted words of trained transformers hardly agree with each other.",
             "Methods are chosen on every second text by their area under the curve (≥ "
             f"{FINDS}); the numbers are those of the other texts. The interval is over classifiers. Two toys of a "
-            "first design were measured before this one and seen; no criterion was changed. A rule of negation was "
-            "given up, since the small BERT did not learn it.",
+            "first design, and one whole run of this recipe, were measured and seen before the record, which has "
+            "another seed; no criterion was changed. A rule of negation was given up, since the small BERT did not "
+            "learn it.",
         ),
         Claim(
             id="same-family-agrees-more",
@@ -216,7 +217,8 @@ def real_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             context, "real-faithful-without-agreement", [found], accuracy,
             "Methods that find the deciding words of reviews on MiniLM hardly agree with each other.",
             f"Methods are chosen on every second review by their area under the curve (≥ {FINDS}); the numbers are "
-            "those of the other reviews. The interval is over reviews.",
+            "those of the other reviews. The interval is over reviews. The probe is fitted on 250 reviews: a first run, on "
+            "100, missed the gate.",
         ),
         Claim(
             id="disagreement-beyond-noise",

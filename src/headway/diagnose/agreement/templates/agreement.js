@@ -45,7 +45,7 @@ section("agreement", (body) => {
     plot(node, () => ({
       traces: [{ type: "heatmap", x: labels, y: labels, z: table, zmin: -1, zmax: 1, colorscale: plotlyScale(ramps().diverging), hoverinfo: "none", xgap: 1, ygap: 1, colorbar: colourBar(measureName),
         text: table.map((row) => row.map((v) => (Number.isFinite(v) && count <= 14 && !narrow() ? v.toFixed(2).replace("-", "−") : ""))), texttemplate: "%{text}", textfont: { size: 11 } }],
-      layout: { ...frame(34 * count, { labels: 130 }), margin: { l: narrow() ? 110 : 140, r: narrow() ? 8 : 88, t: 6, b: narrow() ? 172 : 130 }, xaxis: { tickangle: -45, showgrid: false, zeroline: false }, yaxis: { autorange: "reversed", showgrid: false, zeroline: false } },
+      layout: { ...frame(34 * count, { labels: 108 }), margin: { l: narrow() ? 110 : 140, r: narrow() ? 8 : 88, t: 6, b: narrow() ? 150 : 108 }, xaxis: { tickangle: -45, showgrid: false, zeroline: false }, yaxis: { autorange: "reversed", showgrid: false, zeroline: false } },
     }), () => tipFor(node, ({ x, y, z }) => pairLines(labels.indexOf(x), labels.indexOf(y), z)));
     return node;
   };
@@ -57,7 +57,7 @@ section("agreement", (body) => {
   top.addEventListener("toggle", () => { if (top.open && !drawn) { drawn = true; top.append(map(DATA.table.top, "Agreement on the tokens on top")); } });
   const chance = DATA.controls.chance;
   body.append(
-    el("p", { class: "lead" }, `Mean rank correlation of the token scores of two methods over the texts. The diagonal holds what a method that draws at random has with itself under another seed: its noise ceiling.${chance ? ` Of two random orders of ${number(DATA.controls.items)} tokens, 95 % lie within ${number(chance[0], false)} and ${number(chance[1], false)}.` : ""}`),
+    el("p", { class: "lead" }, `Mean rank correlation of the token scores of two methods over the texts. The diagonal holds what a method that draws at random has with itself under another seed: its noise ceiling.${chance ? ` Of two random orders of ${number(Math.floor(DATA.controls.items))} tokens, 95 % lie within ${number(chance[0], false)} and ${number(chance[1], false)}.` : ""}`),
     el("figure", { class: "card wide" }, map(DATA.table.tau, "Agreement of each two methods"), top));
 });
 

@@ -154,7 +154,8 @@ def deep_lift(problem: Problem) -> Explanation:
     """DeepLIFT's rescale rule. Raises ArgumentError with the operations that it does not cover, unless
     `settings.allow_unsupported`; the completeness error of the result then says how far off it is. Activation modules
     that run twice are refused in any case."""
-    return explained(problem, "deep_lift", _deep_lift(problem), promises=True, note=_checked(problem, "deep_lift"))
+    note = _checked(problem, "deep_lift")
+    return explained(problem, "deep_lift", _deep_lift(problem), promises=True, note=note)
 
 
 def deep_shap(problem: Problem) -> Explanation:

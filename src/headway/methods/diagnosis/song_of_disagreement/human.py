@@ -314,7 +314,7 @@ def _top_words(scores: np.ndarray, numbers: Sequence[int], count: int, top: int)
 
 
 def _item(fields: Mapping[str, Any]) -> Item:
-    lists = {name: tuple(fields[name]) for name in ("words", "a", "b")}
+    lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("words", "a", "b")}
     return Item(**{**fields, **lists})
 
 

@@ -26,8 +26,8 @@ def entmax(logits: Float[Tensor, "... tokens"], alpha: Float[Tensor, ""] | float
 
     τ is found by halving, without a graph; one Newton step with a graph then carries the exact implicit gradient."""
     alpha = torch.as_tensor(alpha, dtype=logits.dtype)
-    if not float(alpha) > 1:
-        raise ArgumentError(f"alpha: got {float(alpha)}, expected more than 1 (1 is softmax).")
+    if not float(alpha.detach()) > 1:
+        raise ArgumentError(f"alpha: got {float(alpha.detach())}, expected more than 1 (1 is softmax).")
     scaled = (alpha - 1) * logits
     power = 1 / (alpha - 1)
     with torch.no_grad():
