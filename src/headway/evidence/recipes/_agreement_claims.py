@@ -217,8 +217,8 @@ def real_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             context, "real-faithful-without-agreement", [found], accuracy,
             "Methods that find the deciding words of reviews on MiniLM hardly agree with each other.",
             f"Methods are chosen on every second review by their area under the curve (≥ {FINDS}); the numbers are "
-            "those of the other reviews. The interval is over reviews. The probe is fitted on 250 reviews: a first run, on "
-            "100, missed the gate.",
+            "those of the other reviews. The interval is over reviews. The probe is fitted on 250 reviews: a first "
+            "run, on 100, missed the gate.",
         ),
         Claim(
             id="disagreement-beyond-noise",
