@@ -15,7 +15,7 @@ from headway.compare.terminal import summarise
 from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.hosts import default_text, load, read_text
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, going_on, progress_bar
 
 
 def run(
@@ -47,27 +47,23 @@ def run(
     given = default_text() if text is None else read_text(text, encoding=encoding)
     check_folder(out)
     console = Console(stderr=True)
-    try:
-        with progress_bar(console) as tell:
-            tell(f"loading {model}", 0, 1)
-            host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-            found = compare(
-                host,
-                tokenizer,
-                given,
-                methods=names,
-                budgets=shares,
-                tasks=wanted,
-                modes=asked,
-                tolerance=tolerance,
-                name=model,
-                out=out,
-                progress=tell,
-                **options,
-            )
-    except KeyboardInterrupt as error:
-        error.add_note(f"Finished cells are kept in {out / 'cells'}: the same command goes on from them.")
-        raise
+    with going_on(out / "cells", "cells"), progress_bar(console) as tell:
+        tell(f"loading {model}", 0, 1)
+        host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        found = compare(
+            host,
+            tokenizer,
+            given,
+            methods=names,
+            budgets=shares,
+            tasks=wanted,
+            modes=asked,
+            tolerance=tolerance,
+            name=model,
+            out=out,
+            progress=tell,
+            **options,
+        )
     if as_json:
         sys.stdout.write(found.to_json() + "\n")
         return

@@ -29,6 +29,7 @@ from headway.compare.texts import BLOCK
 from headway.door import use
 from headway.errors import ArgumentError, HeadwayError, unknown
 from headway.hosts import Text, default_text, positions_of, tokenize
+from headway.hosts.facts import model_facts, versions
 from headway.tasks.answering import chunks
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def compare(
         work = _Work(setting, list(dict.fromkeys(tasks)), repeats, new_tokens, CellStore(_cells(out)), progress)
         work.total = sum(not candidate.refusal for candidate in chosen) * len(work.parts)
         cells = [work.cells_of(candidate) for candidate in chosen]
-    facts = _model_facts(model, name, positions)
+    facts = model_facts(model, name) | {"positions": positions}
     run = {
         "tokens": setting.tokens,
         "text": given.source,
@@ -120,7 +121,7 @@ def compare(
         "cells_reused": work.reused,
         "seconds": round(time.perf_counter() - start, 1),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **_versions(),
+        **versions(),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "load_average": load,
@@ -226,7 +227,7 @@ def _depends_on(setting: Setting) -> dict[str, Any]:
         "chunk": setting.chunk,
         "device": str(next(setting.model.parameters()).device),
         "code": _code(),
-        **_versions(),
+        **versions(),
     }
 
 
@@ -305,28 +306,3 @@ def _load() -> float | None:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
         return None
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    import headway
-
-    return {"headway": headway.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _model_facts(model: nn.Module, name: str | None, positions: int | None) -> dict[str, Any]:
-    host: Any = model
-    config = host.config.get_text_config() if hasattr(host, "config") else None
-    parameter = next(model.parameters())
-    heads = getattr(config, "num_attention_heads", None)
-    return {
-        "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
-        "class": type(model).__name__,
-        "layers": getattr(config, "num_hidden_layers", None),
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "positions": positions,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }

@@ -19,7 +19,7 @@ from headway.lab.result import SinkLab
 from headway.lab.sinks import run_sinks
 from headway.lab.table import Column, columns, rows
 from headway.lab.training import EVALUATION
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, going_on, progress_bar
 
 #: Characters of a cell at least, and those of its border.
 LEAST_WIDTH, BORDER = 7, 3
@@ -46,12 +46,8 @@ def sinks(
     given = default_text() if text is None else read_text(text, encoding=encoding)
     check_folder(out)
     console = Console(stderr=True)
-    try:
-        with progress_bar(console) as tell:
-            found = run_sinks(experiment, text=given, out=out, evaluation=evaluation, progress=tell)
-    except KeyboardInterrupt as error:
-        error.add_note(f"Finished arms are kept in {out / 'arms'}: the same command goes on from them.")
-        raise
+    with going_on(out / "arms", "arms"), progress_bar(console) as tell:
+        found = run_sinks(experiment, text=given, out=out, evaluation=evaluation, progress=tell)
     if as_json:
         sys.stdout.write(found.to_json() + "\n")
         return

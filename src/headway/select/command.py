@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from headway.errors import ArgumentError
-from headway.files import write_atomically
 from headway.methods.diagnosis.attention_influence.detection import HeadScores
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, deliver, progress_bar
 from headway.select.recipe import Detection, Head
 from headway.select.records import Reading
 from headway.select.selecting import select
@@ -55,18 +53,8 @@ def run(
             progress=tell,
             **options,
         )
-    page = write_atomically(out / "select.html", found.to_html())
-    data = write_atomically(out / "select.json", found.to_json())
-    if as_json:
-        sys.stdout.write(found.to_json() + "\n")
-        return
-    printed = Console()
-    for sentence in found.findings:
-        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
-    for sentence in found.warnings:
-        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
-    printed.print(f"\nSelected: [bold]{found.files['selected']}[/], scores: {found.files['scores']}", soft_wrap=True)
-    printed.print(f"Page: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
+    places = [f"Selected: {found.files['selected']}, scores: {found.files['scores']}"]
+    deliver(found, out, "select", as_json=as_json, places=places)
 
 
 def parse_heads(text: str) -> list[Head] | HeadScores:

@@ -15,6 +15,7 @@ from torch import nn
 from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.hosts import load
+from headway.hosts.facts import versions
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis.attention_influence import FLOOR, InfluenceScorer
 from headway.methods.diagnosis.attention_influence.detection import HeadScores, check_choice, detect_heads
@@ -95,22 +96,6 @@ def reachable_name(name: str) -> str:
     return str(Path(name).expanduser().resolve()) if local and name not in ("smollm2", "minilm", "vit") else name
 
 
-def model_facts(model: nn.Module, name: str) -> dict[str, Any]:
-    """The model in a few words for a page."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if config is not None else None
-    heads = getattr(config, "num_attention_heads", None)
-    return {
-        "name": name,
-        "class": type(model).__name__,
-        "layers": getattr(config, "num_hidden_layers", None),
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-
-
 def describe(model: nn.Module) -> str:
     """What tells this model's scores from another's, as JSON."""
     return json.dumps(fingerprint(model).to_dict(), sort_keys=True)
@@ -135,12 +120,3 @@ def find_heads(model: nn.Module, tokenizer: Any, wanted: Detection, folder: Path
     )
     write_atomically(path, found.to_json())
     return found
-
-
-def versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    import headway
-
-    return {"headway": headway.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from headway.errors import ArgumentError, unknown
+from headway.hosts.facts import model_facts, versions
 from headway.methods.diagnosis.attention_influence import FLOOR
 from headway.methods.diagnosis.attention_influence.detection import HeadScores
 from headway.pages.console import Tell
@@ -31,9 +32,7 @@ from headway.select.recipe import (
     describe,
     find_heads,
     load_model,
-    model_facts,
     reachable_name,
-    versions,
 )
 from headway.select.records import Reading, find_sources
 from headway.select.result import CorpusSelection

@@ -16,6 +16,7 @@ from headway.diagnose.agreement.findings import findings, warnings
 from headway.diagnose.agreement.reading import read
 from headway.diagnose.agreement.result import Agreement
 from headway.errors import ArgumentError
+from headway.hosts.facts import versions
 from headway.methods.diagnosis import song_of_disagreement as method
 from headway.methods.diagnosis.song_of_disagreement import METHODS, Classifier, Example, Settings
 from headway.methods.diagnosis.song_of_disagreement.explaining import method_named
@@ -263,16 +264,9 @@ def _texts(
 
 
 def _run_facts(options: Options, examples: Sequence[Example]) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    from headway import __version__
-
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "headway": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "texts": len(examples),
         "settings": {k: v for k, v in asdict(options).items() if k != "methods"},
     }

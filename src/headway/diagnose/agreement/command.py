@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +15,10 @@ from headway.diagnose.agreement.result import Agreement
 from headway.diagnose.agreement.sheets import PAGE, chosen_methods, read_people, write_sheet
 from headway.diagnose.agreement.texts import POLICIES, read_rows
 from headway.errors import ArgumentError, unknown
-from headway.files import write_atomically
+from headway.hosts.facts import model_facts
 from headway.methods.diagnosis.song_of_disagreement import METHODS, Settings
 from headway.methods.diagnosis.song_of_disagreement.classifier import READOUTS
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, deliver, going_on, progress_bar
 from headway.pages.plain import plain
 
 
@@ -73,19 +72,15 @@ def run(
     people, complaints = read_people(answers, out, bad_rows=bad_rows) if answers else (None, [])
     rows, left_out = read_rows(texts, bad_rows=bad_rows) if texts is not None else (None, [])
     console = Console(stderr=True)
-    try:
-        with progress_bar(console) as tell:
-            tell(f"loading {model}", 0, 1)
-            host, tokenizer = load_host(model, dtype=dtype, trust_remote_code=trust_remote_code)
-            tell("reading texts", 0, 1)
-            ready = make_ready(host, tokenizer, rows, count=count, tokens=tokens, readout=cast(Any, readout), seed=seed)
-            found = diagnose_agreement(
-                ready.classifier, ready.examples, options=options, names=ready.names, name_of=ready.name_of, out=out,
-                model=_model_facts(host, model, ready), progress=tell,
-            )  # fmt: skip
-    except KeyboardInterrupt as error:
-        error.add_note(f"Finished texts are kept in {out / 'parts'}: the same command goes on from them.")
-        raise
+    with going_on(out / "parts", "texts"), progress_bar(console) as tell:
+        tell(f"loading {model}", 0, 1)
+        host, tokenizer = load_host(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        tell("reading texts", 0, 1)
+        ready = make_ready(host, tokenizer, rows, count=count, tokens=tokens, readout=cast(Any, readout), seed=seed)
+        found = diagnose_agreement(
+            ready.classifier, ready.examples, options=options, names=ready.names, name_of=ready.name_of, out=out,
+            model=_model_facts(host, model, ready), progress=tell,
+        )  # fmt: skip
     for what, rows_left in (("rows", left_out), ("answers", complaints)):
         if rows_left:
             found.run[f"{what} left out"] = rows_left
@@ -94,7 +89,12 @@ def run(
         found.people = plain(people)
         found.findings = findings(found)
     files = _sheet(found, ready, _listed(sheet_methods), sheet, seed, out) if sheet and not answers else []
-    _write(found, files, out, as_json)
+    places = []
+    if files:
+        places.append(
+            f"For people: {files[0]} to fill in, {out / PAGE} to read beside it; keep {files[-1]} to yourself."
+        )
+    deliver(found, out, "agreement", as_json=as_json, places=places)
 
 
 def _sheet(
@@ -107,39 +107,12 @@ def _sheet(
     return files
 
 
-def _write(found: Agreement, files: Sequence[Path], out: Path, as_json: bool) -> None:
-    page = write_atomically(out / "agreement.html", found.to_html())
-    data = write_atomically(out / "agreement.json", found.to_json())
-    if as_json:
-        sys.stdout.write(found.to_json() + "\n")
-        return
-    printed = Console()
-    for sentence in found.findings:
-        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
-    for sentence in found.warnings:
-        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
-    if files:
-        printed.print(
-            f"\nFor people: {files[0]} to fill in, {out / PAGE} to read beside it; keep {files[-1]} to yourself.",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
-    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
-
-
 def _listed(names: str | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def _model_facts(host: Any, name: str, ready: Ready) -> dict[str, Any]:
-    text = host.config.get_text_config()
-    return {
-        "name": name,
-        "class": type(host).__name__,
-        "layers": getattr(text, "num_hidden_layers", None),
-        "heads": getattr(text, "num_attention_heads", None),
-        "kv_heads": getattr(text, "num_key_value_heads", None),
-        "dtype": str(next(host.parameters()).dtype),
-        "parameters": sum(p.numel() for p in host.parameters()),
+    return model_facts(host, name) | {
         "kind": ready.kind,
         "classes": list(ready.classes),
         "accuracy": ready.accuracy,

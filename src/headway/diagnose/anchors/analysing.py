@@ -18,6 +18,7 @@ from headway.diagnose.anchors.findings import agreements, findings
 from headway.diagnose.anchors.result import Anchors, TraceAnchors
 from headway.errors import ArgumentError
 from headway.hosts import positions_of
+from headway.hosts.facts import model_facts, versions
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis import thought_anchors as method
 from headway.methods.diagnosis.thought_anchors import LocalSampler, RolloutCache, Trace
@@ -96,7 +97,7 @@ def diagnose_anchors(
         for i, r in enumerate(readings)
     ]
     found = Anchors(
-        model=_model_facts(model, name),
+        model=model_facts(model, name),
         run=_run_facts(wanted, done),
         traces=done,
         kurtosis=[] if mean is None else np.where(np.isfinite(mean), mean, np.nan).tolist(),
@@ -287,33 +288,12 @@ def _check(model: nn.Module, traces: Sequence[Trace]) -> None:
             )
 
 
-def _model_facts(model: nn.Module, name: str | None) -> dict[str, Any]:
-    config: Any = model.config
-    text = config.get_text_config()
-    return {
-        "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
-        "class": type(model).__name__,
-        "layers": getattr(text, "num_hidden_layers", None),
-        "heads": getattr(text, "num_attention_heads", None),
-        "kv_heads": getattr(text, "num_key_value_heads", None),
-        "dtype": str(next(model.parameters()).dtype),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-
-
 def _run_facts(options: Options, traces: Sequence[TraceAnchors]) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    from headway import __version__
-
     settings = {k: v for k, v in asdict(options).items() if k != "extract"}
     settings["answer"] = getattr(options.extract, "__name__", "given")
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "headway": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "settings": settings,
         "forwards": {t.name: round(t.forwards, 2) for t in traces},
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from headway.files import write_atomically
 from headway.hosts import load
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis.thought_anchors import Trace, estimate, pattern_answer, read_trace, stated_answer
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, deliver, going_on, progress_bar
 
 
 def run(
@@ -61,33 +60,19 @@ def run(
     )
     check_folder(out)
     console = Console(stderr=True)
-    try:
-        with progress_bar(console) as tell:
-            tell(f"loading {model}", 0, 1)
-            host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-            given, left_out = _traces(host, tokenizer, traces, question, bad_rows, options, out, tell)
-            if rollouts:
-                for trace in given:
-                    cost = estimate(trace, rollouts=rollouts, max_tokens=tokens)
-                    console.print(f"{trace.name}: {cost}", soft_wrap=True, highlight=False)
-            found = diagnose_anchors(host, tokenizer, given, options=options, out=out, name=model, progress=tell)
-    except KeyboardInterrupt as error:
-        error.add_note(f"Finished parts are kept in {out / 'parts'}: the same command goes on from them.")
-        raise
+    with going_on(out / "parts"), progress_bar(console) as tell:
+        tell(f"loading {model}", 0, 1)
+        host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        given, left_out = _traces(host, tokenizer, traces, question, bad_rows, options, out, tell)
+        if rollouts:
+            for trace in given:
+                cost = estimate(trace, rollouts=rollouts, max_tokens=tokens)
+                console.print(f"{trace.name}: {cost}", soft_wrap=True, highlight=False)
+        found = diagnose_anchors(host, tokenizer, given, options=options, out=out, name=model, progress=tell)
     if left_out:
         found.run["left out"] = left_out
         found.warnings.insert(0, f"{len(left_out)} rows could not be used and were left out: {left_out[0]}")
-    page = write_atomically(out / "anchors.html", found.to_html())
-    data = write_atomically(out / "anchors.json", found.to_json())
-    if as_json:
-        sys.stdout.write(found.to_json() + "\n")
-        return
-    printed = Console()
-    for sentence in found.findings:
-        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
-    for sentence in found.warnings:
-        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
-    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
+    deliver(found, out, "anchors", as_json=as_json)
 
 
 def _traces(

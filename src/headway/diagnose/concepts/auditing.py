@@ -16,6 +16,7 @@ from headway.diagnose.concepts.measuring import Measure, Runs
 from headway.diagnose.concepts.pictures import Pictures
 from headway.diagnose.concepts.result import Concepts, Effect
 from headway.errors import ArgumentError
+from headway.hosts.facts import versions
 from headway.methods.diagnosis.clip_ccs import (
     HeadConcept,
     TextBank,
@@ -168,15 +169,9 @@ def _model_facts(model: nn.Module, image: Tower, text: Tower, name: str | None) 
 def _run_facts(
     pictures: Pictures, bank: TextBank, settings: Settings, judges: Mapping[str, Judge] | None
 ) -> dict[str, Any]:
-    import transformers
-
-    from headway import __version__
-
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "headway": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "pictures": f"{len(pictures)} {pictures.what}",
         "bank": f"{len(bank)} texts",
         "judges": list(judges) if judges else ["lexicon"],

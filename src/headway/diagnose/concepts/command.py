@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from headway.diagnose.concepts import pictures as material
 from headway.diagnose.concepts.auditing import Settings, audit
 from headway.diagnose.concepts.pictures import Pictures
 from headway.errors import ArgumentError, HostError, unknown
-from headway.files import write_atomically
 from headway.hosts import load
 from headway.methods.diagnosis.clip_ccs import attribute_clip, embed_bank, tiny, tokeniser_of, tower
 from headway.methods.diagnosis.clip_ccs.bank import Tokenise
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, deliver, going_on, progress_bar
 
 #: The name of the model that is trained here.
 TRAINED = "attribute-clip"
@@ -69,37 +67,21 @@ def run(
     known, left_out = _texts(bank, model, bad_rows)
     asked = None if neutral is None else {line: [line] for line in material.read_lines(neutral)}
     check_folder(out)
-    try:
-        with progress_bar(Console(stderr=True)) as tell:
-            tell(f"loading {model}", 0, 1)
-            host = _host(model, trust_remote_code)
-            given = _pictures(host, pictures, template, bad_rows, count, seed)
-            if asked is not None:
-                given = _with_neutral(given, asked)
-            tell("embedding texts", 0, 1)
-            concepts = {text: concept for text, concept in known.items() if concept is not None}
-            texts_of = embed_bank(tower(host.model, "text"), host.tokenise, list(known), concepts=concepts)
-            found = audit(
-                host.model, host.tokenise, given, texts_of, settings=settings, name=model, out=out, progress=tell
-            )
-    except KeyboardInterrupt as error:
-        error.add_note(f"Finished parts are kept in {out / 'parts'}: the same command goes on from them.")
-        raise
+    with going_on(out / "parts"), progress_bar(Console(stderr=True)) as tell:
+        tell(f"loading {model}", 0, 1)
+        host = _host(model, trust_remote_code)
+        given = _pictures(host, pictures, template, bad_rows, count, seed)
+        if asked is not None:
+            given = _with_neutral(given, asked)
+        tell("embedding texts", 0, 1)
+        concepts = {text: concept for text, concept in known.items() if concept is not None}
+        texts_of = embed_bank(tower(host.model, "text"), host.tokenise, list(known), concepts=concepts)
+        found = audit(host.model, host.tokenise, given, texts_of, settings=settings, name=model, out=out, progress=tell)
     if given.left_out or left_out:
         found.run["left_out"] = [*given.left_out, *left_out]
     if left_out:
         found.warnings.insert(0, f"{len(left_out)} texts could not be used and were left out: {left_out[0]}")
-    page = write_atomically(out / "concepts.html", found.to_html())
-    data = write_atomically(out / "concepts.json", found.to_json())
-    if as_json:
-        sys.stdout.write(found.to_json() + "\n")
-        return
-    printed = Console()
-    for sentence in found.findings:
-        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
-    for sentence in found.warnings:
-        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
-    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
+    deliver(found, out, "concepts", as_json=as_json)
 
 
 def _texts(path: Path | None, model: str, bad_rows: str) -> tuple[dict[str, str | None], list[str]]:

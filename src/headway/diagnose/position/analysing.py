@@ -13,6 +13,7 @@ from headway.diagnose.position.findings import findings, warnings
 from headway.diagnose.position.looking import reads_whole, seen
 from headway.diagnose.position.result import Position, Retriever
 from headway.errors import ArgumentError, unknown
+from headway.hosts.facts import versions
 from headway.methods.diagnosis import posir as method
 from headway.methods.diagnosis.posir import Encoder, Evaluation, Query, RetrievalSet, Scorer
 from headway.methods.diagnosis.posir.data import SEVERAL
@@ -224,20 +225,13 @@ def _model_facts(retriever: Encoder | Scorer, name: str | None) -> dict[str, Any
 
 
 def _run_facts(options: Options, edges: Sequence[int], sets: Sequence[RetrievalSet]) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    from headway import __version__
-
     dropped: dict[str, int] = {}
     for data in sets:
         for why, count in data.dropped.items():
             dropped[why] = dropped.get(why, 0) + count
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "headway": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "sets": [data.name for data in sets],
         "queries": sum(len(data.queries) for data in sets),
         "documents": sum(len(data.documents) for data in sets),

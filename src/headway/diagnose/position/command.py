@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from headway.methods.diagnosis.posir import (
 )
 from headway.methods.diagnosis.posir.encoders import POOLINGS
 from headway.methods.diagnosis.posir.reading import BAD_ROWS
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, deliver, going_on, progress_bar
 
 
 def run(
@@ -82,45 +81,30 @@ def run(
     )
     sets = None if data is None else read_sets(data, corpus=corpus, bad_rows=bad_rows)
     check_folder(out)
-    try:
-        with progress_bar(Console(stderr=True)) as tell:
-            tell(f"loading {model}", 0, 1)
-            encoder: Any
-            if sentence_transformers:
-                encoder = load_sentence_transformer(
-                    model, max_tokens=max_tokens, batch=batch, trust_remote_code=trust_remote_code
-                )
-            else:
-                host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-                encoder = TransformersEncoder(
-                    model=_encoder(host, model), tokenizer=tokenizer, pooling=pooling, query_prefix=query_prefix,
-                    document_prefix=document_prefix, max_tokens=max_tokens, batch=batch, name=model,
-                )  # fmt: skip
-            if sets is None:
-                sets = [_made(documents, encoder, count, questions, bad_rows, seed, out, tell)]
-            sets = [
-                one if all(q.tokens for q in one.queries) else count_tokens(one, encoder.tokenizer, name=encoder.name)
-                for one in sets
-            ]
-            found = diagnose_position(
-                sets, encoder, baselines=None if bm25 else (), options=options, out=out, name=model, progress=tell
+    with going_on(out / "parts"), progress_bar(Console(stderr=True)) as tell:
+        tell(f"loading {model}", 0, 1)
+        encoder: Any
+        if sentence_transformers:
+            encoder = load_sentence_transformer(
+                model, max_tokens=max_tokens, batch=batch, trust_remote_code=trust_remote_code
             )
-    except KeyboardInterrupt as error:
-        error.add_note(f"Finished parts are kept in {out / 'parts'}: the same command goes on from them.")
-        raise
-    page, numbers, queries = (found.save(out / f"position.{ending}") for ending in ("html", "json", "csv"))
-    if as_json:
-        sys.stdout.write(found.to_json() + "\n")
-        return
-    printed = Console()
-    for sentence in found.findings:
-        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
-    for sentence in found.warnings:
-        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
-    printed.print(
-        f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {numbers}, queries: {queries}",
-        soft_wrap=True,
-    )
+        else:
+            host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            encoder = TransformersEncoder(
+                model=_encoder(host, model), tokenizer=tokenizer, pooling=pooling, query_prefix=query_prefix,
+                document_prefix=document_prefix, max_tokens=max_tokens, batch=batch, name=model,
+            )  # fmt: skip
+        if sets is None:
+            sets = [_made(documents, encoder, count, questions, bad_rows, seed, out, tell)]
+        sets = [
+            one if all(q.tokens for q in one.queries) else count_tokens(one, encoder.tokenizer, name=encoder.name)
+            for one in sets
+        ]
+        found = diagnose_position(
+            sets, encoder, baselines=None if bm25 else (), options=options, out=out, name=model, progress=tell
+        )
+    queries = found.save(out / "position.csv")
+    deliver(found, out, "position", as_json=as_json, places=[f"Queries: {queries}"])
 
 
 def _made(

@@ -16,6 +16,7 @@ from headway.diagnose.roles.findings import findings, warnings
 from headway.diagnose.roles.marking import Progress, marked
 from headway.diagnose.roles.result import Roles
 from headway.errors import ArgumentError, unknown
+from headway.hosts.facts import model_facts, versions
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis import diagnose_localize_align as method
 from headway.methods.diagnosis.diagnose_localize_align import (
@@ -119,7 +120,7 @@ def diagnose_roles(
     tell = progress if progress is not None else lambda *_: None
     _check(model, conversations, judges, localize)
     store = None if out is None else Path(out)
-    found = Roles(model={"name": name or "a log"} if model is None else _model_facts(model, name), run={})
+    found = Roles(model={"name": name or "a log"} if model is None else model_facts(model, name), run={})
     if conversations is not None:
         found.log, _ = marked(conversations, judges, path=_marks(store), tell=tell, words="marking the log")
     if localize and model is not None:
@@ -281,31 +282,10 @@ def _marks(store: Path | None) -> Path | None:
     return None if store is None else store / "parts" / "marks.jsonl"
 
 
-def _model_facts(model: nn.Module, name: str | None) -> dict[str, Any]:
-    config: Any = model.config
-    text = config.get_text_config()
-    return {
-        "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
-        "class": type(model).__name__,
-        "layers": getattr(text, "num_hidden_layers", None),
-        "heads": getattr(text, "num_attention_heads", None),
-        "kv_heads": getattr(text, "num_key_value_heads", None),
-        "dtype": str(next(model.parameters()).dtype),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-
-
 def _run_facts(options: Options, judges: Sequence[Judge]) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    from headway import __version__
-
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "headway": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "judges": [judge.identity() for judge in judges],
         "settings": asdict(options),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ from rich.console import Console
 
 from headway.diagnose.roles.analysing import Options, diagnose_roles
 from headway.errors import ArgumentError, unknown
-from headway.files import write_atomically
 from headway.hosts import load
 from headway.methods.diagnosis import diagnose_localize_align as method
 from headway.methods.diagnosis.diagnose_localize_align import Judge, ModelJudge, RuleJudge, read_conversations
-from headway.pages.console import check_folder, progress_bar
+from headway.pages.console import check_folder, deliver, going_on, progress_bar
 
 JUDGES = ("rules", "model")
 
@@ -74,41 +72,28 @@ def run(
     )
     conversations = None if log is None else read_conversations(log, form=form, bad_rows=bad_rows)
     check_folder(out)
-    try:
-        with progress_bar(Console(stderr=True)) as tell:
-            host: Any = None
-            tokenizer: Any = None
-            if looked_into or "model" in wanted:
-                tell(f"loading {model}", 0, 1)
-                host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-            judges: list[Judge] = [RuleJudge() if name == "rules" else ModelJudge(host, tokenizer) for name in wanted]
-            found = diagnose_roles(
-                host,
-                tokenizer,
-                conversations=conversations,
-                judges=judges,
-                localize=looked_into,
-                options=options,
-                out=out,
-                name=log.name if log is not None and host is None else model,
-                progress=tell,
-            )
-    except KeyboardInterrupt as error:
-        error.add_note(f"Finished parts are kept in {out / 'parts'}: the same command goes on from them.")
-        raise
-    page = write_atomically(out / "roles.html", found.to_html())
-    data = write_atomically(out / "roles.json", found.to_json())
-    if as_json:
-        sys.stdout.write(found.to_json() + "\n")
-        return
-    printed = Console()
-    for sentence in found.findings:
-        printed.print(f"• {sentence}", soft_wrap=True, highlight=False, markup=False)
-    for sentence in found.warnings:
-        printed.print(f"! {sentence}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    with going_on(out / "parts"), progress_bar(Console(stderr=True)) as tell:
+        host: Any = None
+        tokenizer: Any = None
+        if looked_into or "model" in wanted:
+            tell(f"loading {model}", 0, 1)
+            host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        judges: list[Judge] = [RuleJudge() if name == "rules" else ModelJudge(host, tokenizer) for name in wanted]
+        found = diagnose_roles(
+            host,
+            tokenizer,
+            conversations=conversations,
+            judges=judges,
+            localize=looked_into,
+            options=options,
+            out=out,
+            name=log.name if log is not None and host is None else model,
+            progress=tell,
+        )
+    places = []
     if found.alignment is not None:
-        printed.print(f"\nAdapters of the focal layers: {out / found.alignment['rows'][0]['adapter']}", soft_wrap=True)
-    printed.print(f"\nPage: [bold]{page}[/] ({page.stat().st_size / 1e6:.1f} MB), numbers: {data}", soft_wrap=True)
+        places.append(f"Adapters of the focal layers: {out / found.alignment['rows'][0]['adapter']}")
+    deliver(found, out, "roles", as_json=as_json, places=places)
 
 
 def _named(option: str, text: str, valid: tuple[str, ...]) -> tuple[str, ...]:
