@@ -18,5 +18,5 @@ app = typer.Typer(
 app.command("agreement")(agreement)
 app.command("anchors")(anchors)
 app.command("concepts")(concepts)
-app.command("roles")(roles)
 app.command("position")(position)
+app.command("roles")(roles)
