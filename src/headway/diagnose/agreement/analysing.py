@@ -62,10 +62,10 @@ class Options:
 
     def __post_init__(self) -> None:
         method.measure_named(self.measure)
-        if self.methods is not None and len(self.methods) < 2:
-            raise ArgumentError(f"methods: got {', '.join(self.methods) or 'none'}, expected two or more to compare.")
         for name in self.methods or ():
             method_named(name)
+        if self.methods is not None and len(self.methods) < 2:
+            raise ArgumentError(f"methods: got {', '.join(self.methods) or 'none'}, expected two or more to compare.")
         if self.special not in ("exclude", "include") or self.words not in ("tokens", "sum", "max"):
             raise ArgumentError(
                 f"special, words: got {self.special!r} and {self.words!r}, expected exclude or include, and tokens, "

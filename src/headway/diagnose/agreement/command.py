@@ -13,9 +13,10 @@ from headway.diagnose.agreement.classifying import Ready, load_host, make_ready
 from headway.diagnose.agreement.findings import findings
 from headway.diagnose.agreement.result import Agreement
 from headway.diagnose.agreement.sheets import PAGE, chosen_methods, read_people, write_sheet
-from headway.diagnose.agreement.texts import POLICIES, read_rows
+from headway.diagnose.agreement.texts import read_rows
 from headway.errors import ArgumentError, unknown
 from headway.hosts.facts import model_facts
+from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.song_of_disagreement import METHODS, Settings
 from headway.methods.diagnosis.song_of_disagreement.classifier import READOUTS
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
@@ -51,8 +52,7 @@ def run(
 ) -> None:
     """The command. Arguments are checked before the model is loaded, and answers are read before anything is measured.
     Finished texts are kept in `out` as they come; the page, its numbers and the sheet are written last."""
-    if bad_rows not in POLICIES:
-        raise unknown("--bad-rows", bad_rows, POLICIES)
+    check_policy(bad_rows, "--bad-rows")
     if readout not in READOUTS:
         raise unknown("--readout", readout, READOUTS)
     if sheet < 0 or tokens < 1 or count < 1:

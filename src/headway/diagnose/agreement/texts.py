@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from headway.errors import ArgumentError, HeadwayError, unknown
+from headway.errors import ArgumentError
 from headway.hosts import read_text
+from headway.hosts.rows import check_policy, holds_rows, read_objects
 from headway.tasks.planted_reviews import LABELS, make_reviews
 
-log = logging.getLogger(__name__)
 FIELDS = ("name", "text", "label", "rationale")
-POLICIES = ("refuse", "skip")
 #: Reviews that are made where no texts are given.
 REVIEWS = 200
 #: What a language model is asked to go on with where no texts are given.
@@ -64,39 +62,15 @@ def read_rows(path: str | Path, *, bad_rows: str = "refuse", encoding: str = "ut
     one text a line.
 
     bad_rows: "refuse" raises HeadwayError with the line of the first row that cannot be used; "skip" lists them."""
-    if bad_rows not in POLICIES:
-        raise unknown("bad_rows", bad_rows, POLICIES)
+    check_policy(bad_rows)
     given = read_text(path, encoding=encoding)
-    lines = [(number, line) for number, line in enumerate(given.text.split("\n"), 1) if line.strip()]
-    if Path(path).suffix not in (".jsonl", ".ndjson"):
-        return [Row(text=line.strip(), name=f"line {number}") for number, line in lines], []
-    found, left_out = [], []
-    for number, line in lines:
-        try:
-            found.append(_row(line, f"line {number}"))
-        except ArgumentError as error:
-            if bad_rows == "refuse":
-                raise HeadwayError(
-                    f"{path}, line {number}: {error} Mend it, or leave such rows out with --bad-rows skip."
-                ) from None
-            left_out.append(f"line {number}: {error}")
-    for what in left_out:
-        log.warning("%s, %s", path, what)
-    if not found:
-        raise ArgumentError(f"texts: got {path} without a usable row, expected one JSON object with a text a line.")
-    return found, left_out
+    if holds_rows(path):
+        return read_objects(given, path, _row, fields=FIELDS, what="texts", bad_rows=bad_rows)
+    lines = enumerate(given.text.split("\n"), 1)
+    return [Row(text=line.strip(), name=f"line {number}") for number, line in lines if line.strip()], []
 
 
-def _row(line: str, name: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"got {line[:40]!r}, which is no JSON ({error}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise ArgumentError(f"got {line[:40]!r}, expected an object with a 'text'.")
-    strange = sorted(set(row) - set(FIELDS))
-    if strange:
-        raise unknown("field", strange[0], FIELDS)
+def _row(row: dict[str, Any], name: str) -> Row:
     label = row.get("label")
     if label is not None and (isinstance(label, bool) or not isinstance(label, str | int)):
         raise ArgumentError(f"label: got {label!r}, expected a word or a whole number.")

@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from headway.diagnose.anchors.analysing import Options, Progress, diagnose_anchors
-from headway.diagnose.anchors.traces import POLICIES, QUESTIONS, read_traces, think
-from headway.errors import ArgumentError, unknown
+from headway.diagnose.anchors.traces import QUESTIONS, read_traces, think
+from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.hosts import load
 from headway.hosts.fingerprint import fingerprint
+from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.thought_anchors import Trace, estimate, pattern_answer, read_trace, stated_answer
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
 
@@ -44,8 +45,7 @@ def run(
     are kept in `out` as they come; the page and its numbers are written last."""
     if traces is not None and question is not None:
         raise ArgumentError("--traces, --question: got both, expected one of them. A question makes a trace.")
-    if bad_rows not in POLICIES:
-        raise unknown("--bad-rows", bad_rows, POLICIES)
+    check_policy(bad_rows, "--bad-rows")
     options = Options(
         rollouts=rollouts,
         settle=settle,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from headway.errors import ArgumentError, HeadwayError, unknown
+from headway.errors import HeadwayError
 from headway.hosts import read_text
+from headway.hosts.rows import check_policy, holds_rows, read_objects
 from headway.methods.diagnosis.thought_anchors import LocalSampler, Prefix, Trace, read_trace
 from headway.methods.diagnosis.thought_anchors.sentences import encode
 
-log = logging.getLogger(__name__)
 #: What a model is asked where neither traces nor a question are given.
 QUESTIONS = (
     "A shop sells pens for 3 dollars each and notebooks for 5 dollars each. Ann buys 4 pens and 2 notebooks and pays "
@@ -23,7 +22,6 @@ QUESTIONS = (
     "and then decide.",
 )
 FIELDS = ("name", "prompt", "text", "sentences", "answer")
-POLICIES = ("refuse", "skip")
 CHATS_WITHOUT_TEMPLATE = "Question: {question}\nLet me think step by step.\n"
 
 
@@ -35,28 +33,12 @@ def read_traces(
     file is the reasoning itself.
 
     bad_rows: "refuse" raises HeadwayError with the line of the first row that cannot be used; "skip" lists them."""
-    if bad_rows not in POLICIES:
-        raise unknown("bad_rows", bad_rows, POLICIES)
+    check_policy(bad_rows)
     given = read_text(path, encoding=encoding)
-    if Path(path).suffix not in (".jsonl", ".ndjson"):
+    if not holds_rows(path):
         return [read_trace(given.text, tokenizer, name=Path(path).name)], []
-    found, left_out = [], []
-    for number, line in enumerate(given.text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_row(line, tokenizer, f"line {number}"))
-        except ArgumentError as error:
-            if bad_rows == "refuse":
-                raise HeadwayError(
-                    f"{path}, line {number}: {error} Mend it, or leave such rows out with --bad-rows skip."
-                ) from None
-            left_out.append(f"line {number}: {error}")
-    for what in left_out:
-        log.warning("%s, %s", path, what)
-    if not found:
-        raise ArgumentError(f"traces: got {path} without a usable row, expected one JSON object with a text a line.")
-    return found, left_out
+    read = partial(_row, tokenizer)
+    return read_objects(given, path, read, fields=FIELDS, what="traces", bad_rows=bad_rows)
 
 
 def think(model: nn.Module, tokenizer: Any, question: str, *, name: str, tokens: int, seed: int = 0) -> Trace:
@@ -81,16 +63,7 @@ def _templated(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _row(line: str, tokenizer: Any, name: str) -> Trace:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"got {line[:40]!r}, which is no JSON ({error}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ArgumentError(f"got {line[:40]!r}, expected an object with a 'text'.")
-    strange = sorted(set(row) - set(FIELDS))
-    if strange:
-        raise unknown("field", strange[0], FIELDS)
+def _row(tokenizer: Any, row: dict[str, Any], name: str) -> Trace:
     return read_trace(
         row["text"],
         tokenizer,

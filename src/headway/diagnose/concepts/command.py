@@ -14,8 +14,9 @@ from torch import Tensor
 from headway.diagnose.concepts import pictures as material
 from headway.diagnose.concepts.auditing import Settings, audit
 from headway.diagnose.concepts.pictures import Pictures
-from headway.errors import ArgumentError, HostError, unknown
+from headway.errors import ArgumentError, HostError
 from headway.hosts import load
+from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.clip_ccs import attribute_clip, embed_bank, tiny, tokeniser_of, tower
 from headway.methods.diagnosis.clip_ccs.bank import Tokenise
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
@@ -54,8 +55,7 @@ def run(
 ) -> None:
     """The command. Arguments and texts are checked before the model is loaded. Contributions and silenced runs are kept
     in `out` as they come; the page and its numbers are written last."""
-    if bad_rows not in material.POLICIES:
-        raise unknown("--bad-rows", bad_rows, material.POLICIES)
+    check_policy(bad_rows, "--bad-rows")
     if count < 2:
         raise ArgumentError(f"--count: got {count}, expected two or more pictures.")
     if model != TRAINED and pictures is None:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.errors import ArgumentError, HeadwayError, missing_extra, unknown
+from headway.errors import ArgumentError, HeadwayError, missing_extra
+from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.clip_ccs import tiny
 from headway.methods.diagnosis.clip_ccs.judges import EVERYDAY
 from headway.tasks.attribute_scenes import CONCEPTS, make_scenes, phrase_bank, prompts, values
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-POLICIES = ("refuse", "skip")
 FIELDS = ("picture", "labels", "group")
 BATCH = 32
 #: The question of pictures whose folder is their class.
@@ -160,8 +160,7 @@ class _Rows:
     """The lines of a file, and the policy for those that cannot be used."""
 
     def __init__(self, path: str | Path, policy: str) -> None:
-        if policy not in POLICIES:
-            raise unknown("bad_rows", policy, POLICIES)
+        check_policy(policy)
         self.path, self.policy = Path(path), policy
         self.left_out: list[str] = []
 

@@ -11,6 +11,7 @@ from headway.diagnose.position.analysing import Options, Progress, diagnose_posi
 from headway.diagnose.position.sources import default_set, read_documents
 from headway.errors import ArgumentError, HostError, unknown
 from headway.hosts import load
+from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.posir import (
     RetrievalSet,
     TransformersEncoder,
@@ -20,7 +21,6 @@ from headway.methods.diagnosis.posir import (
     write_set,
 )
 from headway.methods.diagnosis.posir.encoders import POOLINGS
-from headway.methods.diagnosis.posir.reading import BAD_ROWS
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
 
 
@@ -62,8 +62,7 @@ def run(
         raise ArgumentError(
             "--corpus: got it without --data, expected both: queries of one language, texts of another."
         )
-    if bad_rows not in BAD_ROWS:
-        raise unknown("--bad-rows", bad_rows, BAD_ROWS)
+    check_policy(bad_rows, "--bad-rows")
     if pooling not in POOLINGS:
         raise unknown("--pooling", pooling, POOLINGS)
     if count < 1 or questions < 1 or batch < 1:

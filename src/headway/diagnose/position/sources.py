@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from headway.errors import ArgumentError, HeadwayError, HostError, unknown
+from headway.errors import ArgumentError, HeadwayError, HostError
 from headway.hosts import default_text, read_text
+from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.posir import RetrievalSet, count_tokens, from_corpus, from_documents
-from headway.methods.diagnosis.posir.reading import BAD_ROWS
 from headway.tasks.positioned_evidence import TEMPLATES, prose_corpus
 from headway.tasks.words import prose
 
@@ -50,8 +50,7 @@ def read_documents(
 ) -> RetrievalSet:
     """A set from somebody's own texts: a folder of .txt and .md files, or JSONL with `_id` and `text`. Questions are
     the rarest words of a sentence; rows that cannot be used are refused with their line, or listed in `skipped`."""
-    if bad_rows not in BAD_ROWS:
-        raise unknown("bad_rows", bad_rows, BAD_ROWS)
+    check_policy(bad_rows)
     home = Path(path).expanduser()
     texts, skipped = (_folder(home), []) if home.is_dir() else _lines(home, bad_rows)
     if not texts:

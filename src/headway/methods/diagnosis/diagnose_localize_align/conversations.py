@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.errors import ArgumentError, unknown
+from headway.hosts.rows import check_policy
 
 FORMATS = (
     "auto", "turns", "messages", "sharegpt", "langchain", "autogen", "dylan", "macnet", "consistency", "crewai",
@@ -39,7 +40,6 @@ _KEYS = {
     "turns": "turns", "autogen": "chat_history", "dylan": "replies", "macnet": "nodes", "consistency": "responses",
     "crewai": "tasks_output", "sharegpt": "conversations",
 }  # fmt: skip
-BAD_ROWS = ("refuse", "skip")
 #: Bad lines that an error lists.
 LISTED = 5
 
@@ -113,8 +113,7 @@ def read_conversations(
     them in the result. Raises ArgumentError for a file that cannot be read or holds no turn."""
     if form not in FORMATS:
         raise unknown("form", form, FORMATS)
-    if bad_rows not in BAD_ROWS:
-        raise unknown("bad_rows", bad_rows, BAD_ROWS)
+    check_policy(bad_rows)
     turns: list[Turn] = []
     bad: list[BadRow] = []
     seen: dict[tuple[str, str], int] = {}

@@ -20,11 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headway.errors import ArgumentError, HostError, missing_extra, unknown
+from headway.errors import ArgumentError, HostError, missing_extra
 from headway.files import write_atomically
+from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.posir.data import Query, RetrievalSet, mismatch
 
-BAD_ROWS = ("refuse", "skip")
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 Row = tuple[str, dict[str, Any]]
 
@@ -33,8 +33,7 @@ class _Rows:
     """Reads rows and keeps account of those that cannot be used."""
 
     def __init__(self, bad_rows: str) -> None:
-        if bad_rows not in BAD_ROWS:
-            raise unknown("bad_rows", bad_rows, BAD_ROWS)
+        check_policy(bad_rows)
         self.bad_rows = bad_rows
         self.skipped: list[str] = []
 
