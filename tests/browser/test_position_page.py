@@ -9,6 +9,7 @@ from headway.diagnose.position import Options, diagnose_position
 from headway.evidence.recipes import _posir_toy as toy
 from headway.methods.diagnosis.posir import count_tokens, from_corpus
 from headway.tasks.positioned_evidence import prose_corpus
+from tests.browser.drawing import drawn, in_every_light
 
 pytestmark = pytest.mark.browser
 OPTIONS = Options(edges=(20, 40, 62), resamples=60, moved=4, saliency=4, batch=2)
@@ -24,14 +25,9 @@ def path(tmp_path_factory):
     return found.save(tmp_path_factory.mktemp("page") / "position.html")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (420, "light")])
+@in_every_light
 def test_the_page_draws_without_errors(open_file, path, width, scheme):
-    opened = open_file(path, width=width, scheme=scheme)
-    assert opened.errors == []
-    assert opened.outside() == []
-    page = opened.page
-    assert page.locator(".js-plotly-plot").count() == page.locator(".plot").count() == 4
-    assert page.evaluate("document.documentElement.scrollWidth") <= width + 1
+    page = drawn(open_file, path, width=width, scheme=scheme, plots=4)
     assert page.locator("main img").count() == 0
 
 

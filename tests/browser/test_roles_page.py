@@ -8,6 +8,7 @@ import pytest
 
 from headway.diagnose.roles import diagnose_roles
 from headway.methods.diagnosis import diagnose_localize_align as dla
+from tests.browser.drawing import drawn, in_every_light
 from tests.diagnose.test_roles import FEW, ROWS, Harsh
 from tests.methods.roles_words import words_model, words_tokenizer
 
@@ -25,14 +26,9 @@ def path(tmp_path_factory):
     return found.save(tmp_path_factory.mktemp("page") / "roles.html")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (420, "light")])
+@in_every_light
 def test_the_page_draws_without_errors(open_file, path, width, scheme):
-    opened = open_file(path, width=width, scheme=scheme)
-    assert opened.errors == []
-    assert opened.outside() == []
-    page = opened.page
-    assert page.locator(".js-plotly-plot").count() == page.locator(".plot").count() == 4
-    assert page.evaluate("document.documentElement.scrollWidth") <= width + 1
+    drawn(open_file, path, width=width, scheme=scheme, plots=4)
 
 
 def test_turns_stand_with_the_lowest_marks_first_and_as_text(open_file, path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.browser.drawing import drawn, in_every_light
 from tests.select.made import made
 
 pytestmark = pytest.mark.browser
@@ -14,14 +15,9 @@ def path(tmp_path_factory):
     return made().save(tmp_path_factory.mktemp("page") / "select.html")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (420, "light")])
+@in_every_light
 def test_the_page_draws_without_errors(open_file, path, width, scheme):
-    opened = open_file(path, width=width, scheme=scheme)
-    assert opened.errors == []
-    assert opened.outside() == []
-    page = opened.page
-    assert page.locator(".js-plotly-plot").count() == page.locator(".plot").count() == 4
-    assert page.evaluate("document.documentElement.scrollWidth") <= width + 1
+    drawn(open_file, path, width=width, scheme=scheme, plots=4)
 
 
 def test_a_text_that_looks_like_markup_is_a_text(open_file, path):

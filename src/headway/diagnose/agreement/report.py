@@ -1,5 +1,5 @@
 """The page of `headway diagnose agreement`: texts with the tokens that each method marks, the table of agreement, and
-whether methods are right. Its shell is `headway.pages`."""
+whether methods are right. Its shell is `headway.diagnose.page`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from headway.diagnose.agreement.result import Agreement
+from headway.diagnose.page import diagnosis_page
 from headway.pages.plain import rounded
-from headway.pages.shell import flat, model_parts, provenance, render_page
-
-SCRIPTS = ("agreement.js",)
-STYLES = ("agreement.css",)
+from headway.pages.shell import flat
 
 
 def render(found: Agreement) -> str:
@@ -24,29 +22,15 @@ def render(found: Agreement) -> str:
     if found.people:
         sections.append(("people", "People"))
     count = len(found.texts)
-    return render_page(
-        "headway.diagnose.agreement",
-        "agreement.html.j2",
-        styles=STYLES,
-        scripts=SCRIPTS,
-        data=payload(found),
-        verb="diagnose agreement",
-        heading=str(found.model["name"]),
-        title=f"{found.model['name']}: agreement of explanations",
-        subtitle=" · ".join(
-            [*model_parts(found.model), f"{count} text{'s' if count > 1 else ''}, {len(found.methods)} methods"]
-        ),
-        provenance=provenance(found.run),
-        findings=found.findings,
-        warnings=found.warnings,
+    told = {k: v for k, v in found.model.items() if k in ("kind", "accuracy", "held_out")}
+    return diagnosis_page(
+        found,
+        "agreement",
+        about="agreement of explanations",
+        counts=[f"{count} text{'s' if count > 1 else ''}, {len(found.methods)} methods"],
         sections=sections,
-        facts=[
-            (
-                "Run",
-                [*flat(run), *flat({k: v for k, v in found.model.items() if k in ("kind", "accuracy", "held_out")})],
-            ),
-            ("Settings", list(flat(settings))),
-        ],
+        data=payload(found),
+        facts=[("Run", [*flat(run), *flat(told)]), ("Settings", list(flat(settings)))],
         texts=[{"name": t["name"], "text": " ".join(t["tokens"])} for t in found.texts],
     )
 

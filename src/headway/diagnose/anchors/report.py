@@ -1,5 +1,5 @@
 """The page of `headway diagnose anchors`: the sentences with their scores, the graph between them, the causal matrix,
-and the heads. Its shell is `headway.pages`."""
+and the heads. Its shell is `headway.diagnose.page`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 from headway.diagnose.anchors.findings import METHODS, scores
 from headway.diagnose.anchors.result import Anchors, TraceAnchors
+from headway.diagnose.page import diagnosis_page
 from headway.pages.plain import rounded
-from headway.pages.shell import flat, model_parts, provenance, render_page
 
-SCRIPTS = ("anchors.js",)
-STYLES = ("anchors.css",)
 TITLES = {"effect": "Effect when hidden", "receiver": "Receiver score", "importance": "Effect on the answer"}
 
 
@@ -19,29 +17,18 @@ def render(found: Anchors) -> str:
     """The page as one self-contained HTML file, without any network access."""
     count = len(found.traces)
     sentences = sum(len(t.sentences) for t in found.traces)
-    run = {k: v for k, v in found.run.items() if k != "settings"}
     sections = [("trace", "Sentences"), ("graph", "Graph"), ("matrix", "Causal matrix")]
     if found.kurtosis:
         sections.append(("heads", "Receiver heads"))
     if found.agreement:
         sections.append(("methods", "Methods compared"))
-    return render_page(
-        "headway.diagnose.anchors",
-        "anchors.html.j2",
-        styles=STYLES,
-        scripts=SCRIPTS,
-        data=payload(found),
-        verb="diagnose anchors",
-        heading=str(found.model["name"]),
-        title=f"{found.model['name']}: thought anchors",
-        subtitle=" · ".join(
-            [*model_parts(found.model), f"{count} trace{'s' if count > 1 else ''}, {sentences} sentences"]
-        ),
-        provenance=provenance(found.run),
-        findings=found.findings,
-        warnings=found.warnings,
+    return diagnosis_page(
+        found,
+        "anchors",
+        about="thought anchors",
+        counts=[f"{count} trace{'s' if count > 1 else ''}, {sentences} sentences"],
         sections=sections,
-        facts=[("Run", list(flat(run))), ("Settings", list(flat(found.run.get("settings", {}))))],
+        data=payload(found),
         traces=[{"name": t.name, "prompt": t.prompt, "sentences": t.sentences} for t in found.traces],
     )
 

@@ -7,11 +7,8 @@ from typing import Any
 
 from headway.diagnose.concepts.findings import CONCEPT
 from headway.diagnose.concepts.result import Concepts, Effect, mean_drops
+from headway.diagnose.page import diagnosis_page, run_and_settings
 from headway.pages.plain import rounded
-from headway.pages.shell import flat, model_parts, provenance, render_page
-
-SCRIPTS = ("concepts.js",)
-STYLES = ("concepts.css",)
 
 
 def render(found: Concepts) -> str:
@@ -21,27 +18,15 @@ def render(found: Concepts) -> str:
         sections.append(("questions", "Concepts and questions"))
     if found.base.get("skew") is not None:
         sections.append(("skew", "Skew of retrieval"))
-    run = {k: v for k, v in found.run.items() if k != "settings"}
     errors = {f"{name} tower off by": f"{error:.1e}" for name, error in found.errors.items()}
-    return render_page(
-        "headway.diagnose.concepts",
-        "concepts.html.j2",
-        styles=STYLES,
-        scripts=SCRIPTS,
-        data=payload(found),
-        verb="diagnose concepts",
-        heading=str(found.model["name"]),
-        title=f"{found.model['name']}: concepts of its heads",
-        subtitle=" · ".join([*model_parts(found.model), f"{len(found.heads)} heads described"]),
-        provenance=provenance(found.run),
-        findings=found.findings,
-        warnings=found.warnings,
+    return diagnosis_page(
+        found,
+        "concepts",
+        about="concepts of its heads",
+        counts=[f"{len(found.heads)} heads described"],
         sections=sections,
-        facts=[
-            ("Run", list(flat(run))),
-            ("Settings", list(flat(found.run.get("settings", {})))),
-            ("Reconstruction", list(errors.items())),
-        ],
+        data=payload(found),
+        facts=[*run_and_settings(found), ("Reconstruction", list(errors.items()))],
         heads=found.heads,
     )
 

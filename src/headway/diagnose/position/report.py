@@ -1,46 +1,35 @@
 """The page of `headway diagnose position`: scores by place and length, the index beside chance, answers that were
-moved, and saliency. Its shell is `headway.pages`."""
+moved, and saliency. Its shell is `headway.diagnose.page`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from headway.diagnose.page import diagnosis_page, run_and_settings
 from headway.diagnose.position.result import Position, Retriever
 from headway.pages.plain import rounded
-from headway.pages.shell import flat, model_parts, provenance, render_page
-
-SCRIPTS = ("position.js",)
+from headway.pages.shell import flat
 
 
 def render(found: Position) -> str:
     """The page as one self-contained HTML file, without any network access."""
-    run = {k: v for k, v in found.run.items() if k != "settings"}
     sections = [("places", "Score by place"), ("index", "Sensitivity and chance")]
     if any(one.moved for one in found.retrievers):
         sections.append(("moved", "The same answer moved"))
     if found.saliency:
         sections.append(("saliency", "Where the score listens"))
     queries = found.retrievers[0].overall["queries"]
-    return render_page(
-        "headway.diagnose.position",
-        "position.html.j2",
-        styles=(),
-        scripts=SCRIPTS,
-        data=payload(found),
-        verb="diagnose position",
-        heading=str(found.model["name"]),
-        title=f"{found.model['name']}: position sensitivity",
-        subtitle=" · ".join(
-            [*model_parts(found.model), f"{queries:,} queries, {found.run.get('documents', 0):,} documents"]
-        ),
-        provenance=provenance(found.run),
-        findings=found.findings,
-        warnings=found.warnings,
+    return diagnosis_page(
+        found,
+        "position",
+        about="position sensitivity",
+        counts=[f"{queries:,} queries, {found.run.get('documents', 0):,} documents"],
         sections=sections,
+        data=payload(found),
+        styled=False,
         facts=[
             ("Model", list(flat({k: v for k, v in found.model.items() if v is not None}))),
-            ("Run", list(flat(run))),
-            ("Settings", list(flat(found.run.get("settings", {})))),
+            *run_and_settings(found),
         ],
     )
 

@@ -1,18 +1,16 @@
 """The page of `headway diagnose roles`: marks of the log and of the model's replies, drift by layer and head, what
-silencing focal heads does, and what training on their layers mends. Its shell is `headway.pages`."""
+silencing focal heads does, and what training on their layers mends. Its shell is `headway.diagnose.page`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from headway.diagnose.page import diagnosis_page
 from headway.diagnose.roles.findings import gains
 from headway.diagnose.roles.result import Roles
 from headway.methods.diagnosis.diagnose_localize_align import DIMENSIONS
 from headway.pages.plain import rounded
-from headway.pages.shell import flat, model_parts, provenance, render_page
 
-SCRIPTS = ("roles.js",)
-STYLES = ("roles.css",)
 #: Turns that the page lists, those with the lowest marks; all of them stand in the JSON.
 LISTED = 200
 #: Characters of a reply that the page shows.
@@ -21,7 +19,6 @@ SHOWN = 600
 
 def render(found: Roles) -> str:
     """The page as one self-contained HTML file, without any network access."""
-    run = {k: v for k, v in found.run.items() if k != "settings"}
     sections = []
     if found.log is not None:
         sections += [("marks", "Role adherence"), ("turns", "Turns")]
@@ -31,22 +28,7 @@ def render(found: Roles) -> str:
         sections += [("heads", "Focal heads"), ("controls", "Controls")]
     if found.alignment is not None:
         sections.append(("alignment", "Alignment"))
-    return render_page(
-        "headway.diagnose.roles",
-        "roles.html.j2",
-        styles=STYLES,
-        scripts=SCRIPTS,
-        data=payload(found),
-        verb="diagnose roles",
-        heading=str(found.model["name"]),
-        title=f"{found.model['name']}: roles",
-        subtitle=" · ".join([*model_parts(found.model), *_counts(found)]),
-        provenance=provenance(found.run),
-        findings=found.findings,
-        warnings=found.warnings,
-        sections=sections,
-        facts=[("Run", list(flat(run))), ("Settings", list(flat(found.run.get("settings", {}))))],
-    )
+    return diagnosis_page(found, "roles", about="roles", counts=_counts(found), sections=sections, data=payload(found))
 
 
 def payload(found: Roles) -> dict[str, Any]:
