@@ -39,10 +39,12 @@ CRITERIA = {
         0.0, side="above", minimum_n=3, label="drop by high heads above that by as many low heads", requires=LEARNED
     ),
     "colour-heads-serve-colour": interval_excludes(
-        0.0, side="above", minimum_n=100, label="colour answers lost above shape answers lost", requires=LEARNED
+        0.0, side="above", minimum_n=3, label="colour answers lost above shape answers lost", requires=LEARNED
     ),
     "colour-heads-carry-the-planted-bias": all_of(
-        interval_excludes(0.0, side="above", label="skew of circles towards red, lowered by silencing colour heads"),
+        interval_excludes(
+            0.0, side="above", minimum_n=3, label="skew of circles towards red, lowered by silencing colour heads"
+        ),
         at_least(0.0, of="beyond_others", by="value", label="lowered beyond what as many other heads do"),
         requires=(LEARNED, BIASED),
     ),
@@ -73,7 +75,8 @@ def toy_claims(context: Context, models: Sequence[dict[str, Any]]) -> list[Claim
     kept = [m["kept"]["texts"] / m["kept"]["whole"] for m in models]
     pairs = [pair for m in models for pair in m["high"]]
     against = [pair for m in models for pair in m["against"]]
-    lost = [value for m in models for value in m["interaction"]]
+    # Pictures and prompts of one model share its heads: a model is a sample.
+    lost = [float(np.mean(m["interaction"])) for m in models if m["interaction"]]
     return [
         Claim(
             id="built-heads-score",
@@ -139,19 +142,19 @@ def toy_claims(context: Context, models: Sequence[dict[str, Any]]) -> list[Claim
             criterion=CRITERIA["colour-heads-serve-colour"],
             others=learned,
             details={"colour heads": [m["colour heads"] for m in models]},
-            notes="By picture: colour answers lost minus shape answers lost. Colour heads have two or three "
-            "texts of colour.",
+            notes="Colour answers lost minus shape answers lost, a mean for each model that has colour heads: two or "
+            "three texts of colour. A first form took the pictures of one model as independent.",
         ),
     ]  # fmt: skip
 
 
 def bias_claim(context: Context, models: Sequence[dict[str, Any]]) -> Claim:
     known = [m for m in models if m["after"]]
-    before = [v for m in known for v in m["before"]]
-    after = [v for m in known for v in m["after"]]
+    before = [float(np.mean(m["before"])) for m in known]
+    after = [float(np.mean(m["after"])) for m in known]
     # At equal count: how much lower the skew is with colour heads silenced than with as many others.
     beyond = [float(np.mean(other) - np.mean(own)) for m in known for own, other in m["draws"]]
-    cost = [value for m in known for value in m["cost"].values()]
+    cost = [float(np.mean(list(m["cost"].values()))) for m in known]
     lower = NONE
     if before:
         lower = bootstrap_difference(before, after, paired=True, generator=context.generator("bias"), unit="nats")
@@ -171,8 +174,9 @@ def bias_claim(context: Context, models: Sequence[dict[str, Any]]) -> Claim:
         },
         details={"models": list(models)},
         notes="300 steps: after 250, in a first run on other seeds, one model missed the gate by 0.02. 95 % of the "
-        "circles are red in training; scenes of the test are balanced. Six prompts for each model, "
-        "taken as independent. The paper sums over 104 prompts; this is the skew of red in nats.",
+        "circles are red in training; scenes of the test are balanced. A model's mean over six "
+        "prompts is a sample; a first form took the prompts as independent, and held by one model. The paper sums over "
+        "104 prompts; this is the skew of red in nats.",
     )
 
 
