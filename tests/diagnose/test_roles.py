@@ -13,6 +13,7 @@ from headway.cli import app
 from headway.diagnose.roles import Options, Roles, diagnose_roles
 from headway.diagnose.roles import command as module
 from headway.diagnose.roles.findings import findings
+from headway.diagnose.roles.findings import findings as sentences
 from headway.errors import ArgumentError
 from headway.methods.diagnosis import diagnose_localize_align as dla
 from tests.methods.roles_words import words_model, words_tokenizer
@@ -123,6 +124,20 @@ def test_training_moves_margins_and_leaves_the_model_as_it_was(found, host, toke
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), host.parameters(), strict=True))
     assert all(p.requires_grad for p in host.parameters())
     assert not any("lora" in name for name, _ in host.named_modules())
+
+
+def test_sentences_say_what_was_asked(found):
+    said = " ".join(found.findings)
+    assert "50 % of their drift or more in" in said
+    assert "in agreement by" in said
+    assert any("templates of 3 kinds" in warning for warning in found.warnings)
+    settings = found.run["settings"]
+    for changes, words in (
+        ({"cover": 0.8}, "80 % of their drift or more in"),
+        ({"window": 1}, "among runs of that length"),
+    ):
+        other = replace(found, run={**found.run, "settings": {**settings, **changes}})
+        assert words in " ".join(sentences(other))
 
 
 def test_focal_adapters_are_saved_and_do_what_was_measured(host, tokenizer, tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from headway.diagnose.roles.result import Roles
 from headway.methods.diagnosis.diagnose_localize_align import DIMENSIONS
+from headway.methods.diagnosis.diagnose_localize_align.focal import COVER
 from headway.statistics import Measurement, bootstrap_difference, number
 
 #: Fewest held-out cases from which intervals are told without a warning.
@@ -18,7 +19,12 @@ NOTHING = 5e-5
 
 
 def findings(found: Roles) -> list[str]:
-    return [*_log(found.log), *_replies(found.replies), *_heads(found.localisation), *_aligned(found.alignment)]
+    return [
+        *_log(found.log),
+        *_replies(found.replies),
+        *_heads(found.localisation, found.run.get("settings", {})),
+        *_aligned(found.alignment),
+    ]
 
 
 def warnings(found: Roles) -> list[str]:
@@ -30,14 +36,19 @@ def warnings(found: Roles) -> list[str]:
         if cases < MANY:
             told.append(f"{cases} held-out cases give wide intervals; a higher --held-out narrows them.")
         told.append(
-            "Conflicts come from short templates of seven kinds. What they show need not hold for conflicts in long "
-            "conversations."
+            f"Conflicts come from short templates of {_kinds(found.run.get('settings', {}))}. What they show need not "
+            "hold for conflicts in long conversations."
         )
         if found.localisation["gates"]["focal"]["value"] == 0:
             told.append(
                 "Silencing the focal heads changed nothing at all; the model may not use them for these answers."
             )
     return told
+
+
+def _kinds(settings: Mapping[str, Any]) -> str:
+    count = len(settings.get("kinds", ()))
+    return "one kind" if count == 1 else f"{count} kinds" if count else "few kinds"
 
 
 def _log_warnings(log: dict[str, Any]) -> list[str]:
@@ -125,7 +136,7 @@ def _replies(marks: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _heads(found: dict[str, Any] | None) -> list[str]:
+def _heads(found: dict[str, Any] | None, settings: Mapping[str, Any]) -> list[str]:
     if found is None:
         return []
     neutral, conflict = found["neutral"], found["conflict"]
@@ -136,7 +147,7 @@ def _heads(found: dict[str, Any] | None) -> list[str]:
         f"{_wins(conflict)} of {len(conflict)} held-out conflicts are won by the rule "
         f"({_short(np.mean(conflict))} nats a token for its answer on average); in agreement it is {_wins(neutral)} of "
         f"{len(neutral)} ({_short(np.mean(neutral))}).",
-        f"{len(found['focal'])} of {total} heads are focal, half of their drift or more in "
+        f"{len(found['focal'])} of {total} heads are focal, {_held(settings)} "
         f"layer{_s(found['focal_layers'])} {_listed(found['focal_layers'])}; {_percent(near['share'])} stand in "
         f"the middle third of the depth, where {_percent(near['expected'])} of all heads stand "
         f"(p = {_short(near['p_value'])}).",
@@ -162,15 +173,24 @@ def _aligned(found: dict[str, Any] | None) -> list[str]:
     for row in found["rows"]:
         gain = gains(found, row, seen=True)
         other = gains(found, row, seen=False)
+        kept = gains(found, row, seen=True, condition="neutral")
         if gain is None:
             continue
         told.append(
             f"LoRA on {row['layers_of']} layers moves held-out margins towards the rule by {_rounded(gain)} nats a "
             "token"
             + ("" if other is None else f", on kinds that were not trained on by {_rounded(other)}")
+            + ("" if kept is None else f", in agreement by {_rounded(kept)}")
             + f" ({len(row['layers'])} layers, {row['parameters']:,} parameters, {found['steps']} steps)."
         )
     return told
+
+
+def _held(settings: Mapping[str, Any]) -> str:
+    """How the focal layers were chosen: those with the largest share of the drift, or the best run of layers."""
+    if settings.get("window"):
+        return "most of their drift among runs of that length in"
+    return f"{_percent(settings.get('cover', COVER))} of their drift or more in"
 
 
 def _more(difference: dict[str, Any]) -> str:

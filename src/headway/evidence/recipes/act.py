@@ -10,6 +10,7 @@ Paper: Unveiling and Harnessing Hidden Attention Sinks, arXiv 2406.15765.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -307,6 +308,7 @@ def _toy_claims(context: Context, found: Sequence[dict[str, Any]]) -> list[Claim
         return over([f["recovered"][str(beta)] for f in planted])
 
     deviation = [abs(float(b) - r) for f in planted for row in f["errors"] for b, r in row.items()]
+    defined = [value for value in deviation if math.isfinite(value)]
     curves = [[f["recovered"][str(b)] for b in BETAS] for f in planted]
     rises = [b - a for curve in curves for a, b in itertools.pairwise(curve)]
     note = (
@@ -340,9 +342,11 @@ def _toy_claims(context: Context, found: Sequence[dict[str, Any]]) -> list[Claim
             id="error-scales-with-beta",
             statement="In a calibrated head the part of the output that came from sinks is multiplied by β.",
             paper=PaperValue("derived: ACT interpolates between attention with and without the sinks"),
-            measured=Measurement(max(deviation, default=float("nan")), n=len(deviation)),
+            measured=Measurement(max(defined, default=float("nan")), n=len(defined)),
             criterion=CRITERIA["error-scales-with-beta"],
             others=others,
+            notes="A head whose output does not change has no such part: it is left out and counted in the details.",
+            details={"left out": len(deviation) - len(defined)},
         ),
         Claim(
             id="recovery-falls-with-beta",
