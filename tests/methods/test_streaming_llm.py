@@ -358,6 +358,18 @@ def test_without_sinks_it_is_the_hosts_own_sliding_window():
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("chunks", [[40], [20] + [1] * 20, [7] * 5 + [5]])
+def test_a_hosts_shorter_window_is_the_window_and_the_sinks_stand_before_it(chunks):
+    """Effective W = min(W, the host's): a wider one changes neither what is read nor how far away the sinks seem."""
+    sliding, free = decoder("Mistral", sliding_window=6), decoder("Mistral", sliding_window=None)
+    ids = contract.tokens(1, 40)
+    with headway.use(sliding, StreamingLLM(sinks=2, window=30)):
+        got = contract.run_in_chunks(sliding, ids, chunks)
+    with headway.use(free, StreamingLLM(sinks=2, window=5)):
+        want = contract.run_in_chunks(free, ids, chunks)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
 def test_the_sinks_hold_the_first_tokens_for_ever_in_every_row_and_no_padding():
     model = decoder("Llama", num_hidden_layers=1)
     ids, mask = contract.padded_left(contract.tokens(2, 60), [0, 7])

@@ -68,10 +68,9 @@ class StreamingLLM(CachePolicy):
         """Largest distance of a window key."""
         return self.window if self.evict == "after" else self.window - 1
 
-    @property
-    def saturation(self) -> int:
-        """Cache position of a query once the cache is full."""
-        return self.sinks + self.reach
+    def reach_at(self, call: AttentionCall) -> int:
+        """The same at a layer of the host, which may have a shorter window of its own."""
+        return self.reach if call.site.window is None else min(self.reach, call.site.window - 1)
 
     def make_cache(self, model: nn.Module) -> StreamingCache:
         return StreamingCache(self, model)
@@ -110,14 +109,15 @@ class StreamingLLM(CachePolicy):
         """One query row: the sinks, placed anew, stand in front of the window in one buffer."""
         own = call.query_positions[-1] - cache.first
         oldest = layer.oldest - cache.first
-        shift = self._shift(own, oldest) if self.positions == "cache" else torch.zeros_like(own)
+        shift = self._shift(own, oldest, self.reach) if self.positions == "cache" else torch.zeros_like(own)
         key, value = layer.with_sinks(shift - cache.turned_back)
         return call.replace(key=key, value=value, mask=None, causal=False, first_key=0, first_query=None)
 
-    def _shift(self, own: Tensor, oldest: Tensor) -> Tensor:
-        """By how much a query stands further in the text than in the cache, where the window's oldest token has slot S:
-        own − min(own, C) while the window fills by itself, less room after `evict_for_space`."""
-        return torch.maximum(own - self.saturation, oldest - self.sinks).clamp(min=0)
+    def _shift(self, own: Tensor, oldest: Tensor, reach: int) -> Tensor:
+        """By how much a query stands further in the text than in the cache, where the window's oldest token has slot S
+        and a query of a full cache S + reach: own − min(own, C) while the window fills by itself, less room after
+        `evict_for_space`."""
+        return torch.maximum(own - (self.sinks + reach), oldest - self.sinks).clamp(min=0)
 
     def _read_whole(self, call: AttentionCall) -> Sequence[AttentionCall]:
         """A forward without a cache: the same mathematics over its own tokens."""
@@ -166,10 +166,10 @@ class StreamingLLM(CachePolicy):
         key, value, places = window
         sink_key, sink_value, sink_places = sink
         places, sink_places = places.to(own.device), sink_places.to(own.device)
-        reach = self.reach if call.site.window is None else min(self.reach, call.site.window - 1)
-        turned = (
-            self._turned(call.query, own, places[:, :1], turned_back, frequencies, layout) if self.sinks else call.query
-        )
+        reach = self.reach_at(call)
+        turned = call.query
+        if self.sinks:
+            turned = self._turned(call.query, own, places[:, :1], reach, turned_back, frequencies, layout)
         block = max(ROW_BLOCK, reach)
         parts = []
         for start in range(0, call.queries, block):
@@ -198,14 +198,21 @@ class StreamingLLM(CachePolicy):
         return parts
 
     def _turned(
-        self, query: Tensor, own: Tensor, oldest: Tensor, turned_back: int, frequencies: Tensor | None, layout: Layout
+        self,
+        query: Tensor,
+        own: Tensor,
+        oldest: Tensor,
+        reach: int,
+        turned_back: int,
+        frequencies: Tensor | None,
+        layout: Layout,
     ) -> Float[Tensor, "batch heads queries dim"]:
         """The queries as they meet the sinks. They stand at own − turned_back; the sinks stand where they were first
         rotated."""
         if frequencies is None:
             return query
         if self.positions == "cache":
-            return rotate(query, turned_back - self._shift(own, oldest), frequencies, layout)
+            return rotate(query, turned_back - self._shift(own, oldest, reach), frequencies, layout)
         return rotate(query, torch.full_like(own, turned_back), frequencies, layout) if turned_back else query
 
 
