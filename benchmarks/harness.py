@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +62,7 @@ class Comparison:
     baseline: tuple[float, ...]
     ratio: Measurement
     load: float | None
+    machine: dict[str, float]
     method_peak: Peak | None = None
     baseline_peak: Peak | None = None
 
@@ -88,6 +90,7 @@ def compare(
         raise ArgumentError(f"repeats, warmup: got {repeats} and {warmup}, expected repeats ≥ 2 and warmup ≥ 0.")
     load = warn_if_busy()
     _keep_freed_memory()
+    machine = machine_state()
     for _ in range(warmup):
         method()
         baseline()
@@ -104,6 +107,7 @@ def compare(
         baseline=tuple(times["baseline"]),
         ratio=ratio,
         load=load,
+        machine=machine,
         method_peak=peak_memory(method) if memory else None,
         baseline_peak=peak_memory(baseline) if memory else None,
     )
@@ -144,6 +148,16 @@ def warn_if_busy(limit: float = BUSY) -> float | None:
     return load
 
 
+def machine_state() -> dict[str, float]:
+    """What the machine gives just now, best of five: GB/s of copying 64 MiB and GFLOP/s of a product of two
+    float32 matrices of 1,024 x 1,024. A neighbour on the memory bus shows in the first and not in the load average."""
+    source, target = torch.ones(2**24), torch.empty(2**24)
+    left, right = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    copying = min(_seconds(lambda: target.copy_(source)) for _ in range(6))
+    product = min(_seconds(lambda: left @ right) for _ in range(6))
+    return {"copy_gb_per_s": 2 * 4 * 2**24 / copying / 1e9, "product_gflop_per_s": 2 * 1024**3 / product / 1e9}
+
+
 def show(comparison: Comparison) -> None:
     """Prints both sides and the ratio."""
     table = Table(title=comparison.name, title_justify="left")
@@ -157,7 +171,9 @@ def show(comparison: Comparison) -> None:
     console.print(table)
     console.print(
         f"{' / '.join(comparison.labels)}: {comparison.ratio} of medians, "
-        f"{number(comparison.ratio_of_minima)} × of minima, n = {comparison.ratio.n}",
+        f"{number(comparison.ratio_of_minima)} × of minima, n = {comparison.ratio.n}; "
+        f"load {'unknown' if comparison.load is None else f'{comparison.load:.2f}'}, "
+        + ", ".join(f"{name} {value:.1f}" for name, value in comparison.machine.items()),
         markup=False,
     )
 
@@ -177,7 +193,7 @@ def write(comparison: Comparison, settings: dict[str, Any], results: str | Path)
 
 def write_facts(name: str, facts: dict[str, Any], results: str | Path = RESULTS) -> Path:
     """Writes `<results>/<name>.json` for what is no ratio of two sides: shares, single long runs."""
-    content = {"name": name, "load": warn_if_busy(), **facts, "environment": environment()}
+    content = {"name": name, "load": warn_if_busy(), "machine": machine_state(), **facts, "environment": environment()}
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     return write_atomically(Path(results) / f"{name}.json", text)
 

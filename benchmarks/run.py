@@ -34,7 +34,7 @@ from benchmarks import (
     tappa,
     titans,
 )
-from benchmarks.executor import crossover, executor, executor_flex
+from benchmarks.executor import crossover, executor
 from benchmarks.harness import compare, write_facts
 from headway.door import Observer
 
@@ -250,7 +250,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
         import_headway, nothing_attached, empty_observer, capture_4096, capture_2048, output_attentions_2048,
-        sampled_rows, look_default, look_32768, capture_32768, executor, executor_flex, crossover,
+        sampled_rows, look_default, look_32768, capture_32768, executor, crossover,
         *prefill.PREFILL,
         streaming.streaming_step, streaming.streaming_against_dense, streaming.streaming_rotation,
         streaming.streaming_200k,
