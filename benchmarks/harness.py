@@ -149,13 +149,20 @@ def warn_if_busy(limit: float = BUSY) -> float | None:
 
 
 def machine_state() -> dict[str, float]:
-    """What the machine gives just now, best of five: GB/s of copying 64 MiB and GFLOP/s of a product of two
-    float32 matrices of 1,024 x 1,024. A neighbour on the memory bus shows in the first and not in the load average."""
+    """What the machine gives just now, best of several: GB/s of copying 64 MiB, and GFLOP/s of products of 1,024 rows
+    and of 32 rows (by 64 x 512, as inside a fused attention kernel). A neighbour on the same core takes a third of
+    the small products and nothing of the large ones, and shows in no load average."""
     source, target = torch.ones(2**24), torch.empty(2**24)
     left, right = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    rows, keys = torch.ones(32, 64), torch.ones(64, 512)
     copying = min(_seconds(lambda: target.copy_(source)) for _ in range(6))
     product = min(_seconds(lambda: left @ right) for _ in range(6))
-    return {"copy_gb_per_s": 2 * 4 * 2**24 / copying / 1e9, "product_gflop_per_s": 2 * 1024**3 / product / 1e9}
+    small = min(_seconds(lambda: [rows @ keys for _ in range(200)]) for _ in range(6)) / 200
+    return {
+        "copy_gb_per_s": 2 * 4 * 2**24 / copying / 1e9,
+        "product_gflop_per_s": 2 * 1024**3 / product / 1e9,
+        "small_product_gflop_per_s": 2 * 32 * 64 * 512 / small / 1e9,
+    }
 
 
 def show(comparison: Comparison) -> None:
