@@ -9,7 +9,6 @@ of medians with its paired bootstrap interval is the result.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import json
@@ -29,14 +28,13 @@ from rich.table import Table
 
 from headway.errors import ArgumentError
 from headway.evidence.environment import environment
+from headway.evidence.timing import keep_freed_memory
 from headway.files import write_atomically
 from headway.statistics import Measurement, bootstrap_ratio, number
 
 log = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).parent / "results"
-#: Numbers of two settings of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 #: One-minute load average above which something else is running and times mislead.
 BUSY = 0.5
 
@@ -89,7 +87,7 @@ def compare(
     if repeats < 2 or warmup < 0:
         raise ArgumentError(f"repeats, warmup: got {repeats} and {warmup}, expected repeats ≥ 2 and warmup ≥ 0.")
     load = warn_if_busy()
-    _keep_freed_memory()
+    keep_freed_memory()
     machine = machine_state()
     for _ in range(warmup):
         method()
@@ -155,14 +153,23 @@ def machine_state() -> dict[str, float]:
     source, target = torch.ones(2**24), torch.empty(2**24)
     left, right = torch.ones(1024, 1024), torch.ones(1024, 1024)
     rows, keys = torch.ones(32, 64), torch.ones(64, 512)
-    copying = min(_seconds(lambda: target.copy_(source)) for _ in range(6))
-    product = min(_seconds(lambda: left @ right) for _ in range(6))
-    small = min(_seconds(lambda: [rows @ keys for _ in range(200)]) for _ in range(6)) / 200
+    copying = _fastest(lambda: target.copy_(source))
+    product = _fastest(lambda: left @ right)
+    small = _fastest(lambda: [rows @ keys for _ in range(200)]) / 200
     return {
         "copy_gb_per_s": 2 * 4 * 2**24 / copying / 1e9,
         "product_gflop_per_s": 2 * 1024**3 / product / 1e9,
         "small_product_gflop_per_s": 2 * 32 * 64 * 512 / small / 1e9,
     }
+
+
+def _fastest(function: Callable[[], Any], repeats: int = 6) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def show(comparison: Comparison) -> None:
@@ -210,15 +217,6 @@ def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc's allocator keep what is freed. By default it takes tensors above 32 MB from the system each time, and
-    zeroing their pages can cost more than a kernel that is linear in the length."""
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _status(field: str) -> int | None:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import compare, write_facts
+from headway.evidence.timing import keep_freed_memory
 from headway.kernels.scan import causal_scan
 from headway.kernels.scan_blocks import scan_blocks
 from headway.kernels.slopes import head_slopes
@@ -193,6 +194,7 @@ def _decoder(model: Any, tokens: int) -> tuple[Callable[[], None], int]:
 
 def _in_turn(calls: Sequence[Callable[[], Any]]) -> list[float]:
     """Median seconds of each call, repeats interleaved."""
+    keep_freed_memory()
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()

@@ -27,6 +27,7 @@ from benchmarks import (
     lightning,
     local_linear,
     normalizers,
+    plan,
     posir,
     prefill,
     recycled,
@@ -270,6 +271,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
         normalizers.normalizer_forward, normalizers.normalizer_training, normalizers.normalizer_explicit,
         normalizers.normalizer_decode,
         influence.influence_scoring, anchors.anchors_suppression, posir.posir_saliency,
+        plan.plan_check,
     )
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from torch.autograd.function import once_differentiable
 BLOCK = 64
 #: Numbers that a tile on a CPU may work with: 4 MB in float32, or 2,048 tokens with d = e = 64.
 WORK = 2**20
+#: Plans kept for calls of the same sizes: one for each layer of a deep model, at about a quarter of a megabyte.
+KEPT = 64
 
 
 def scan_blocks(
@@ -53,7 +56,11 @@ def scan_blocks(
     if tile is None:
         dim, value_dim = state.shape[2:]
         tile = max(WORK // (2 * (dim + value_dim) + 2 * block + 2 * dim * value_dim // block), block)
-    plan = _Plan.of(query, state, slopes, scale, mask, resets, block, tile)
+    shape = tuple(query.shape[:3])
+    if query.device.type == "cpu" and mask is None and resets is None and not torch.compiler.is_compiling():
+        plan = _kept_plan(shape, tuple(slopes.tolist()), state.dtype, scale, block, tile)
+    else:
+        plan = _Plan.of(shape, slopes, state.dtype, scale, mask, resets, block, tile)
     return _Scan.apply(query, key, value, state, plan)
 
 
@@ -116,33 +123,35 @@ class _Plan:
     @classmethod
     def of(
         cls,
-        query: Tensor,
-        state: Tensor,
+        shape: tuple[int, ...],
         slopes: Tensor,
+        dtype: torch.dtype,
         scale: float,
         mask: Tensor | None,
         resets: Tensor | None,
         block: int,
         tile: int,
     ) -> _Plan:
-        batch, heads, tokens, _ = query.shape
+        """`shape` is (batch, heads, tokens); powers are kept in `dtype`."""
+        batch, heads, tokens = shape
+        device = slopes.device
         block = min(block, max(tokens, 1))
         whole = tokens // block
         most = max(min(tile // block, whole), 1)
         tiles = [_Tile(a // most, a * block, min(most, whole - a), block) for a in range(0, whole, most)]
         if tokens % block:
             tiles.append(_Tile(len(tiles), tokens - tokens % block, 1, tokens % block))
-        together = max(tile // max(tokens, 1), 1) if query.device.type == "cpu" else batch * heads
-        distance = torch.arange(most * block + 2, device=query.device, dtype=torch.float64)
+        together = max(tile // max(tokens, 1), 1) if device.type == "cpu" else batch * heads
+        distance = torch.arange(most * block + 2, device=device, dtype=torch.float64)
         powers = torch.exp(-slopes.double()[:, None] * distance)
         # λ^0 is 1 for an infinite slope too; the last entry is the zero of what is hidden.
         powers[:, 0], powers[:, -1] = 1, 0
         clock = None
         if mask is not None or resets is not None:
-            real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device) if mask is None else mask
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=device) if mask is None else mask
             at = real.long().cumsum(1)
             clock = at, torch.zeros_like(at) if resets is None else resets.long().cumsum(1), real
-        return cls(list(_groups(batch, heads, together)), tiles, powers.to(state.dtype), scale, clock)
+        return cls(list(_groups(batch, heads, together)), tiles, powers.to(dtype), scale, clock)
 
     def factors(self, rows: Rows, tile: _Tile) -> _Factors:
         """The factors of a tile; without padding and documents, those of all tiles of a shape are the same."""
@@ -205,6 +214,16 @@ class _Plan:
         """A running count before the first block and behind each block."""
         before = count[:, tile.start - 1 : tile.start] if tile.start else torch.zeros_like(count[:, :1])
         return torch.cat([before, count[:, tile.tokens][:, tile.length - 1 :: tile.length]], 1)
+
+
+@lru_cache(maxsize=KEPT)
+def _kept_plan(
+    shape: tuple[int, ...], slopes: tuple[float, ...], dtype: torch.dtype, scale: float, block: int, tile: int
+) -> _Plan:
+    """The plan without padding and documents, kept from call to call: it depends on sizes and slopes alone, and making
+    it takes an eighth of a call of 1,024 tokens."""
+    at = torch.tensor(slopes, dtype=torch.float64)
+    return _Plan.of(shape, at, dtype, scale, None, None, block, tile)
 
 
 def _groups(batch: int, heads: int, together: int) -> Iterator[Rows]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from headway.evidence.recipe import Context
+from headway.evidence.timing import keep_freed_memory
 from headway.kernels.scan import causal_scan
 from headway.kernels.slopes import head_slopes
 from headway.methods.layers.lightning import tnl_fields
@@ -157,7 +158,9 @@ def small_model(name: str, *, width: int, layers: int) -> HeadwayForCausalLM:
 
 
 def milliseconds(context: Context, calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Milliseconds of every call, `repeats` times, in turn so that drift of the machine hits all alike."""
+    """Milliseconds of every call, `repeats` times, in turn so that drift of the machine hits all alike, in the
+    steady state of the allocator."""
+    keep_freed_memory()
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
