@@ -35,3 +35,29 @@ def test_every_link_between_pages_leads_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def python_blocks():
+    import re
+
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            yield page.name, block
+
+
+def test_every_python_example_is_python_and_names_what_there_is():
+    import ast
+    import importlib
+    import textwrap
+
+    found = 0
+    for page, block in python_blocks():
+        for node in ast.walk(ast.parse(textwrap.dedent(block), filename=page)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "headway":
+                module = importlib.import_module(node.module)
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert not missing, f"{page}: {node.module} has no {missing}"
+                found += 1
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "headway":
+                assert hasattr(importlib.import_module("headway"), node.attr), f"{page}: headway.{node.attr}"
+    assert found > 20
