@@ -121,15 +121,21 @@ def dhsa_prefill_4096() -> None:
 
 
 def dhsa_decode_8192() -> None:
-    """One decoding step of one layer at 8,192 stored keys: choosing and reading 1,024 against reading all."""
+    """One decoding step of one layer at 8,192 stored keys, in the middle of a generation: choosing and reading 1,024
+    against reading all."""
     query, key, value = tensors(8193)
-    stage = DHSA(**STAGE)
-    forward = Forward()
+    stage, forward = DHSA(**STAGE), Forward()
     whole = AttentionCall.from_tensors(query, key, value, causal=True, forward=forward)
+
+    def upto(stop: int, rows: int) -> AttentionCall:
+        parts = query[:, :, stop - rows : stop], key[:, :, :stop], value[:, :, :stop]
+        return whole.replace(query=parts[0], key=parts[1], value=parts[2], causal=rows > 1)
+
     with torch.no_grad():
-        stage.select(whole.replace(query=query[:, :, :-1], key=key[:, :, :-1], value=value[:, :, :-1]))
+        stage.select(upto(8191, 8191))
+        stage.select(upto(8192, 1))
     known = {owner: dict(state) for owner, state in forward.scratch.items() if isinstance(owner, tuple)}
-    step = whole.replace(query=query[:, :, -1:], causal=False)
+    step = upto(8193, 1)
 
     def sparse() -> None:
         fresh = Forward()

@@ -13,49 +13,18 @@ import torch
 
 import headway
 from benchmarks.harness import compare
+from headway.evidence.recipes._duo_decode import DIM, HEADS, KV_HEADS, LAYERS, decoder, fill, policy, run_steps
 from headway.methods.long_context.duo_attention import DuoAttention
 
-#: A decoder whose step is mostly attention at long contexts.
-LAYERS, HEADS, KV_HEADS, DIM = 4, 16, 8, 64
-
-
-def decoder() -> Any:
-    """A random decoder with grouped queries."""
-    import transformers as tf
-
-    config = tf.LlamaConfig(
-        hidden_size=HEADS * DIM, intermediate_size=1024, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=DIM, vocab_size=512, max_position_embeddings=1 << 17,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return tf.LlamaForCausalLM(config).eval()
-
-
-def policy(share: float, tokens: int) -> DuoAttention:
-    """Every layer with the same share of retrieval heads, and room made beforehand."""
-    gates = (torch.arange(KV_HEADS) < round(share * KV_HEADS)).float().expand(LAYERS, -1)
-    return DuoAttention(gates=gates, threshold=0.5, reserve=tokens + 4096)
+#: Decoding steps of one repeat.
+STEPS = 8
 
 
 def step(model: Any, method: DuoAttention, tokens: int) -> tuple[Callable[[], Any], Any]:
-    """One decoding step behind `tokens` random tokens, and its cache; to be called inside a scope of the method."""
+    """Decoding steps behind `tokens` random tokens, and their cache; to be called inside a scope of the method."""
     cache = method.make_cache(model)
-    generator = torch.Generator().manual_seed(0)
-    for layer in cache.layers:
-        for _ in range(0, tokens, 1024):
-            key, value = (torch.randn(1, KV_HEADS, 1024, DIM, generator=generator) for _ in range(2))
-            layer.update(key, value)
-            layer.learn_window(None)
-            layer.fold()
-    ids = torch.tensor([[7]])
-
-    def run() -> None:
-        with torch.no_grad():
-            for _ in range(8):
-                model(input_ids=ids, past_key_values=cache, use_cache=True)
-
-    return run, cache
+    fill(cache, tokens, torch.Generator().manual_seed(0))
+    return lambda: run_steps(model, cache, STEPS), cache
 
 
 def duo_decode() -> None:
@@ -78,7 +47,7 @@ def duo_decode() -> None:
                     repeats=11,
                     warmup=2,
                     settings={"tokens": tokens, "share": share, "stored": stored, "layers": LAYERS, "heads": HEADS,
-                              "kv_heads": KV_HEADS, "dim": DIM, "steps": 8},
+                              "kv_heads": KV_HEADS, "dim": DIM, "steps": STEPS},
                 )  # fmt: skip
 
 
@@ -127,5 +96,5 @@ def duo_reordered() -> None:
                 labels=("reordered heads", "indexed heads"),
                 repeats=11,
                 warmup=2,
-                settings={"tokens": tokens, "share": 0.5, "steps": 8},
+                settings={"tokens": tokens, "share": 0.5, "steps": STEPS},
             )

@@ -31,6 +31,7 @@ from benchmarks import (
     posir,
     prefill,
     recycled,
+    ruler,
     streaming,
     tappa,
     titans,
@@ -271,7 +272,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
         normalizers.normalizer_forward, normalizers.normalizer_training, normalizers.normalizer_explicit,
         normalizers.normalizer_decode,
         influence.influence_scoring, anchors.anchors_suppression, posir.posir_saliency,
-        plan.plan_check,
+        plan.plan_check, ruler.ruler_dense,
     )
 }  # fmt: skip
 

@@ -104,13 +104,24 @@ def compare(
     ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
     methods: Annotated[
-        str, typer.Option(help="Slugs of `headway papers`, or window, sinks-window, random-blocks; with commas.")
+        str,
+        typer.Option(
+            "--methods",
+            "--method",
+            help="Slugs of `headway papers`, or window, sinks-window, random-blocks; with commas.",
+        ),
     ] = "streaming-llm,flexprefill,sinks-window,random-blocks",
     budgets: Annotated[
         str, typer.Option("--budgets", "--budget", help="Shares of the keys, such as 0.5,0.25.")
     ] = "0.5,0.25,0.125",
     tasks: Annotated[
-        str, typer.Option(help="Of perplexity, needle, recall, ruler, turns, choice, agreement; with commas.")
+        str,
+        typer.Option(
+            "--tasks",
+            "--task",
+            help="Of perplexity, streaming, passkey, needle, recall, turns, choice, agreement, fidelity, ruler, or one "
+            "of its thirteen such as niah_single_1; with commas.",
+        ),
     ] = "perplexity,needle",
     tokens: Annotated[
         int | None, typer.Option(help="Length of the text and of prompts (default 1024, or what the model allows).")

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.drawing import drawn, in_every_light
+from tests.browser.drawing import draws, saved
 from tests.diagnose.test_anchors import made
 
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return made().save(tmp_path_factory.mktemp("page") / "anchors.html")
-
-
-@in_every_light
-def test_the_page_draws_without_errors(open_file, path, width, scheme):
-    drawn(open_file, path, width=width, scheme=scheme, plots=4)
+path = saved(made, "anchors")
+test_the_page_draws_without_errors = draws(plots=4)
 
 
 def test_a_chosen_sentence_shows_what_it_rests_on(open_file, path):

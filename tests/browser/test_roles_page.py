@@ -8,27 +8,24 @@ import pytest
 
 from headway.diagnose.roles import diagnose_roles
 from headway.methods.diagnosis import diagnose_localize_align as dla
-from tests.browser.drawing import drawn, in_every_light
+from tests.browser.drawing import draws, saved
 from tests.diagnose.test_roles import FEW, ROWS, Harsh
 from tests.methods.roles_words import words_model, words_tokenizer
 
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
+def made():
     tokenizer = words_tokenizer()
     log = dla.read_conversations(map(json.dumps, ROWS))
     options = type(FEW)(**{**vars(FEW), "align": 2})
-    found = diagnose_roles(
+    return diagnose_roles(
         words_model(tokenizer), tokenizer, conversations=log, judges=[dla.RuleJudge(), Harsh()], options=options
     )
-    return found.save(tmp_path_factory.mktemp("page") / "roles.html")
 
 
-@in_every_light
-def test_the_page_draws_without_errors(open_file, path, width, scheme):
-    drawn(open_file, path, width=width, scheme=scheme, plots=4)
+path = saved(made, "roles")
+test_the_page_draws_without_errors = draws(plots=4)
 
 
 def test_turns_stand_with_the_lowest_marks_first_and_as_text(open_file, path):

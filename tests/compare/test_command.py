@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from headway.cli import app
 from headway.compare import Comparison
-from headway.compare.command import parse_budgets, parse_names
+from headway.compare.command import parse_names
 from headway.errors import ArgumentError, HeadwayError
+from headway.methods.budget import parse_shares
 from tests.look.tiny import TEXT, byte_tokenizer, tiny_llama
 
 COMMAND = [sys.executable, "-m", "headway.cli", "compare"]
@@ -89,6 +90,9 @@ def test_an_interrupted_run_says_where_it_goes_on(folder, tmp_path):
         (["--methods", "a,,b"], "--methods"),
         (["--methods", "sink-survey"], "no form at a budget"),
         (["--tasks", "perplexty"], "perplexity"),
+        (["--task", "niah_singl_1"], "niah_single_1"),
+        (["--method", "windw"], "window"),
+        (["--budget", "150%"], "--budgets"),
         (["--budgets", "1.5"], "(0, 1]"),
         (["--budgets", "0"], "(0, 1]"),
         (["--budgets", "half"], "--budgets"),
@@ -132,10 +136,50 @@ def test_an_output_that_is_a_file_is_refused(folder, tmp_path):
     assert "folder" in done.stderr
 
 
-def test_budgets_are_shares_or_per_cent():
-    assert parse_budgets("0.5, 25%,1") == [0.5, 0.25, 1.0]
-    with pytest.raises(ArgumentError, match="--budgets"):
-        parse_budgets("0.5,x")
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["--methods", "window,sinks-window", "--tasks", "perplexity,passkey", "--budgets", "0.5,25%"],
+        ["--method", "window,sinks-window", "--task", "perplexity,passkey", "--budget", "0.5,25%"],
+    ],
+)
+def test_every_spelling_of_an_option_says_the_same(spelling, monkeypatch, tmp_path):
+    """What arrives behind the command: the model, the text, names and shares as they were written."""
+    from headway.compare import command
+
+    class EnoughError(Exception):
+        pass
+
+    def compare(host, tokenizer, given, **options):
+        raise EnoughError(host, given.text, options["methods"], options["tasks"], options["budgets"])
+
+    monkeypatch.setattr(command, "load", lambda name, **_: (name, None))
+    monkeypatch.setattr(command, "compare", compare)
+    (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
+    given = ["compare", "MODEL", "--text", str(tmp_path / "text.txt"), *spelling, "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, given)
+    wanted = ("MODEL", "a text", ["window", "sinks-window"], ["perplexity", "passkey"], [0.5, 0.25])
+    assert isinstance(done.exception, EnoughError), done.exception
+    assert done.exception.args == wanted
+
+
+def test_one_method_at_one_budget_on_one_task_runs_by_the_singular_spellings(folder, tmp_path):
+    options = ["--method", "streaming-llm", "--budget", "50%", "--task", "passkey", "--tokens", "420", "--count", "2"]
+    command = [*COMMAND, str(folder), "--text", str(folder / "text.txt"), *options, "--repeats", "2"]
+    command += ["--new-tokens", "2", "--out", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = Comparison.from_json(done.stdout)
+    assert [(p.method, p.budget) for p in found.points] == [("dense", None), ("streaming-llm", 0.5)]
+    assert found.qualities == [("passkey", "blind"), ("passkey", "aware")]
+    assert found.point("streaming-llm", 0.5).status == "measured"
+
+
+def test_budgets_are_shares_or_per_cent_and_each_counts_once():
+    assert parse_shares("--budgets", "0.5, 25%,1,50%") == [0.5, 0.25, 1.0]
+    for wrong in ("0.5,x", "0.5,", "0", "150%", "nan", "-0.1"):
+        with pytest.raises(ArgumentError, match=r"--budgets: got '.*', expected shares of the keys in \(0, 1\]"):
+            parse_shares("--budgets", wrong)
 
 
 def test_names_are_given_once_each():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import headway
 from headway.door import FixedPattern, SuppressBlocks, UniformHeads, ZeroValues
 from headway.door.stages import CachePolicy
-from headway.errors import ArgumentError, ConflictError
+from headway.errors import ArgumentError, ConflictError, HeadwayError
 
 MakePolicy = Callable[[], CachePolicy]
 
@@ -182,7 +182,7 @@ def check_refuses_assisted_decoding(model: nn.Module, make: MakePolicy) -> None:
     """Assisted decoding takes tokens back as soon as a guess is wrong; the refusal says what to do."""
     ids = tokens(1, 6).repeat(1, 3)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    with headway.use(model, make()), pytest.raises(ArgumentError, match="without assisted decoding"):
+    with headway.use(model, make()), pytest.raises(HeadwayError, match="without assisted decoding"):
         model.generate(ids, prompt_lookup_num_tokens=3, **options)
 
 

@@ -1,31 +1,30 @@
 """What every method with a budget must do on every host, as pieces that the contract tests put together.
 
 A method is given by its slug and is found through the catalogue; its stages are those of `at_budget`. A host is a tiny
-random causal language model. A host that a method cannot serve must be refused with a HeadwayError on the way in.
+random causal language model. What a method refuses stands in `refusals`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import headway
 from headway.door.stages import Observer, Stage
-from headway.errors import HeadwayError
 from headway.hosts.tiny import tiny_host
 from headway.methods.budget import budgeted, stages_at_budget
 
 #: Long enough for several blocks of keys, short enough for many forwards.
 TOKENS = 320
-#: Positions that pads take in a batch: a multiple of every block size that fits.
-PADS = 64
+#: A multiple of every block size that fits.
+BLOCK = 64
+#: Pads in front of each row of a batch: of whole blocks, within a block, on one side, and on both.
+PADS = ((0, BLOCK), (3, 37), (100, 0), (37, 100))
 SLUGS = tuple(budgeted())
 HOSTS: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "llama", "num_key_value_heads": 2},
@@ -37,14 +36,17 @@ HOSTS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "full_attention"],
     },
     "qwen3 sliding": {"architecture": "qwen3"},
-    "mistral": {"architecture": "mistral"},
+    "mistral": {"architecture": "mistral", "sliding_window": 48},
     "gemma2": {"architecture": "gemma2"},
     "gemma3": {"architecture": "gemma3_text"},
     "phi": {"architecture": "phi"},
     "olmo": {"architecture": "olmo"},
 }
-#: Hosts with plain rotary attention: no method may refuse them.
-PLAIN = ("llama", "multi-query", "multi-head", "qwen3")
+#: One host of each family: grouped heads as in SmolLM2, normed queries, sliding layers, a window in every layer,
+#: partly rotary positions with biases, norms without weights.
+FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "phi", "olmo")
+#: Methods that count blocks from the first column of a batch, pads included, as their docstrings say.
+BLOCKS_BY_COLUMN = ("dhsa", "flexprefill")
 
 
 @cache
@@ -59,38 +61,19 @@ def fresh(name: str) -> nn.Module:
     return host.__wrapped__(name)
 
 
-def compiled(model: nn.Module, how: str) -> nn.Module:
+def compiled(model: nn.Module, how: str, backend: str = "inductor") -> nn.Module:
     """The model compiled in each of the ways that users know; nothing is traced before the first forward."""
     if how == "wrapped":
-        return torch.compile(model)  # type: ignore[return-value]
+        return torch.compile(model, backend=backend)  # type: ignore[return-value]
     if how == "in place":
-        model.compile()
+        model.compile(backend=backend)
     else:
-        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.compile(model.forward, backend=backend)  # type: ignore[method-assign]
     return model
 
 
 def tokens(batch: int = 1, length: int = TOKENS, seed: int = 0) -> Tensor:
     return torch.randint(8, 112, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def unless_refused(name: str) -> Iterator[None]:
-    """Skips, with the method's own words, where it refuses a host that it may refuse."""
-    try:
-        yield
-    except HeadwayError as error:
-        if name in PLAIN:
-            raise
-        pytest.skip(f"refused: {error}")
-
-
-def outcome(run: Callable[[], Any]) -> Any:
-    """What `run` returns, or the HeadwayError that it raises."""
-    try:
-        return run()
-    except HeadwayError as error:
-        return error
 
 
 def stages(slug: str, name: str, share: float, length: int = TOKENS) -> tuple[Stage, ...]:
@@ -123,6 +106,27 @@ def read(
         if between is not None:
             between()
     return torch.cat(logits, 1)
+
+
+def padded(ids: Tensor, pads: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The rows with their first tokens replaced by pads, and the mask."""
+    mask = torch.stack([torch.arange(ids.shape[1]) >= pad for pad in pads]).long()
+    return ids * mask, mask
+
+
+@torch.no_grad()
+def in_turns(model: nn.Module, requests: Sequence[Tensor], chunks: Sequence[int]) -> list[Tensor]:
+    """Logits of several requests that are read chunk by chunk, one after the other."""
+    caches: list[Any] = [None] * len(requests)
+    logits: list[list[Tensor]] = [[] for _ in requests]
+    start = 0
+    for chunk in chunks:
+        for turn, ids in enumerate(requests):
+            out = model(input_ids=ids[:, start : start + chunk], past_key_values=caches[turn], use_cache=True)
+            caches[turn] = out.past_key_values
+            logits[turn].append(out.logits)
+        start += chunk
+    return [torch.cat(found, 1) for found in logits]
 
 
 def close(got: Tensor, expected: Tensor, what: str = "", share: float = 1e-4) -> None:

@@ -7,7 +7,7 @@ import torch
 
 import headway
 from headway.door import HeadGate, Window
-from headway.door.stages import Selector
+from headway.door.stages import Editor, Selector
 from headway.errors import ConflictError
 from headway.methods.long_context.duo_attention import DuoAttention
 from headway.methods.long_context.flexprefill import FlexPrefill
@@ -16,6 +16,7 @@ from headway.methods.sinks.act import ACT
 from headway.methods.sinks.streaming_llm import StreamingLLM
 from tests.contracts import methods as contract
 from tests.contracts.methods import TOKENS, host, read, tokens
+from tests.contracts.test_generation import PROMPT, beams_apart
 
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 GATES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -36,6 +37,27 @@ class Decode(Selector):
 
     def select(self, call):
         return Window(2, 10)
+
+
+class ByHand(Editor):
+    """FlexPrefill's blocks in prefill and DuoAttention's two kinds of heads in steps, as masks over a whole cache.
+
+    Neither the block executor nor a cache policy nor a merge of parts is used."""
+
+    def __init__(self, *, prefill: FlexPrefill | None = None, steps: DuoAttention | None = None) -> None:
+        self.prefill, self.steps = prefill, steps
+
+    def edit_call(self, call):
+        if call.forward.phase == "prefill" and self.prefill is not None:
+            seen = self.prefill.select(call).mask.to_bool()
+        elif call.forward.phase == "decode" and self.steps is not None:
+            back = call.query_positions[:, None] - call.key_positions
+            near = (back <= self.steps.recent) | (call.key_positions < self.steps.sinks)
+            whole = self.steps.retrieval()[call.site.layer].repeat_interleave(call.groups)
+            seen = near[None, None] | whole[None, :, None, None]
+        else:
+            return call
+        return call.replace(mask=seen if call.mask is None else seen & call.mask)
 
 
 def paths(handle) -> list[set[str]]:
@@ -76,18 +98,34 @@ def test_act_calibrates_heads_of_a_policy_that_narrows_decoding(scope):
     assert not torch.allclose(joined[:, -1], alone[:, -1])
 
 
-def test_three_methods_share_a_request():
-    """Blocks in prefill, two kinds of heads in decoding, named heads calibrated in both; beams move all of it."""
+@pytest.mark.parametrize("rules", ["prefill", "steps", "both"])
+@pytest.mark.parametrize("calibrated", [False, True], ids=["", "with ACT"])
+def test_composed_methods_are_their_rules_applied_by_hand(rules, calibrated):
+    """Blocks in prefill, two kinds of heads in steps, named heads calibrated in both."""
     model, ids = host("llama"), tokens()
+    act = (ACT(heads=[(0, 0), (1, 3)], scope="causal", tau=0.01, beta=0.0),) if calibrated else ()
+    prefill, steps = (flex() if rules != "steps" else None), (duo() if rules != "prefill" else None)
+    acting = [method for method in (prefill, steps) if method is not None]
+    with headway.use(model, *acting, *act):
+        together = read(model, ids, contract.decodes(steps=5))
+    with headway.use(model, ByHand(prefill=prefill, steps=steps), *act):
+        by_hand = read(model, ids, contract.decodes(steps=5))
+    contract.close(together, by_hand, "by hand")
+    with torch.no_grad():
+        assert not torch.allclose(together, model(input_ids=ids).logits, atol=1e-2)
+    if calibrated:
+        with headway.use(model, *acting):
+            assert not torch.allclose(together, read(model, ids, contract.decodes(steps=5)), atol=1e-3)
+
+
+def test_beams_of_three_methods_score_what_they_score_alone():
+    """The caches of both kinds of heads, and what ACT remembers of a row, follow the beams."""
+    model, ids = host("llama"), tokens(length=PROMPT)
     before = contract.snapshot(model)
     act = ACT(heads=[(0, 0), (1, 3)], scope="causal", tau=0.01, beta=0.0)
-    with headway.use(model, flex(), duo(), act) as handle:
-        together = read(model, ids, contract.decodes())
-        out = model.generate(ids[:, :80], num_beams=2, **GENERATE)
-    assert {path for found in paths(handle) for path in found} >= {"policy", "masked"}
-    assert out.shape == (1, 84)
-    with headway.use(model, flex(), duo()):
-        assert not torch.allclose(together, read(model, ids, contract.decodes()))
+    beams, scores, alone = beams_apart(model, lambda: headway.use(model, flex(), duo(), act), ids)
+    assert len({tuple(beam) for beam in beams.tolist()}) == 3
+    assert scores == pytest.approx(alone, abs=1e-3)
     contract.same(before, contract.snapshot(model))
 
 

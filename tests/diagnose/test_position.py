@@ -110,6 +110,18 @@ def test_an_interrupted_diagnosis_goes_on(sets, found, tmp_path):
     np.testing.assert_allclose(again.saliency["mean"], found.saliency["mean"], atol=1e-5)
 
 
+def test_a_damaged_part_is_made_again(sets, found, tmp_path, caplog):
+    diagnose_position(sets, toy.bi_encoder(0, name="toy"), options=FAST, out=tmp_path)
+    parts = list((tmp_path / "parts").iterdir())
+    assert {path.name.split("-")[0] for path in parts} == {"embeddings", "saliency"}
+    for path in parts:
+        path.write_bytes(path.read_bytes()[:-40])
+    again = diagnose_position(sets, toy.bi_encoder(0, name="toy"), options=FAST, out=tmp_path)
+    assert all(path.name in caplog.text for path in parts)
+    assert again.retrievers[0].overall["means"] == pytest.approx(found.retrievers[0].overall["means"], nan_ok=True)
+    np.testing.assert_allclose(again.saliency["mean"], found.saliency["mean"], atol=1e-5)
+
+
 def test_the_page_holds_text_as_text(found):
     page = found.to_html()
     assert "<b>model</b>" not in page
@@ -128,7 +140,7 @@ def test_questions_are_made_from_a_folder_or_lines(tmp_path):
     lines = tmp_path / "some.jsonl"
     good = json.dumps({"_id": "d", "text": text})
     lines.write_text(f"{good}\n\n{{\n{good}\n", "utf-8")
-    with pytest.raises(HeadwayError, match=r"some\.jsonl:3: got no JSON"):
+    with pytest.raises(HeadwayError, match=r"some\.jsonl:3: got .*no JSON"):
         read_documents(lines, toy.tokenizer())
     made = read_documents(lines, toy.tokenizer(), bad_rows="skip")
     assert list(made.documents) == ["d"]
@@ -208,7 +220,10 @@ def test_the_command_makes_a_set_and_keeps_it(loaded, tmp_path):
     done = CliRunner().invoke(app, ["diagnose", "position", "toy", *arguments, "--out", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.exception
     assert {p.name for p in (tmp_path / "set").iterdir()} == {"queries.jsonl", "corpus.jsonl", "qrels.jsonl"}
-    assert json.loads(done.stdout)["run"]["queries"] == 12
+    run = json.loads(done.stdout)["run"]
+    assert run["queries"] == 12
+    assert run["tokens counted by"].startswith("toy")
+    assert f"lengths in tokens of {run['tokens counted by']}" in (tmp_path / "position.html").read_text()
 
 
 def test_a_model_that_reads_no_text_is_refused(loaded, monkeypatch, tmp_path):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from headway.cli import app
-from headway.diagnose.roles import Options, Roles, diagnose_roles
+from headway.diagnose.roles import Options, Roles, analysing, diagnose_roles
 from headway.diagnose.roles import command as module
 from headway.diagnose.roles.findings import findings
 from headway.diagnose.roles.findings import findings as sentences
@@ -161,6 +162,24 @@ def test_a_result_survives_its_json(found):
         Roles.from_json('{"format": 0}')
 
 
+def test_cases_may_be_weighed_by_what_the_conflict_costs_without_a_judge(host, tokenizer, monkeypatch):
+    options = replace(FEW, items=2, weigh="accuracy", new_tokens=0)
+    items = dla.conflict_items(tokenizer, kinds=FEW.kinds, relations=FEW.relations, count=2)
+    names = [item.name for item in items]
+
+    def margin(model, item, condition, kept, name):
+        """The first conflict turns a sure answer over, the second makes it even, the others change nothing."""
+        place = names.index(item.name)
+        return 0.0 if place > 1 else 40.0 if condition == "neutral" else (-40.0, 0.0)[place]
+
+    monkeypatch.setattr(analysing, "item_margin", margin)
+    found = diagnose_roles(host, tokenizer, options=options)
+    np.testing.assert_allclose(found.localisation["weights"], [2 / 3, 1 / 3] + [0] * (len(items) - 2), atol=1e-9)
+    plain = diagnose_roles(host, tokenizer, options=replace(options, weigh="even"))
+    assert plain.localisation["weights"] is None
+    assert plain.localisation["scores"] != found.localisation["scores"]
+
+
 def test_an_interrupted_diagnosis_goes_on(host, tokenizer, log, tmp_path):
     options = replace(FEW, align=1)
 
@@ -170,11 +189,11 @@ def test_an_interrupted_diagnosis_goes_on(host, tokenizer, log, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         diagnose_roles(host, tokenizer, conversations=log, options=options, out=tmp_path, progress=stop)
-    parts, marks = tmp_path / "parts" / "parts.jsonl", tmp_path / "parts" / "marks.jsonl"
-    before = parts.read_text().count("\n"), marks.read_text().count("\n")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
     again = diagnose_roles(host, tokenizer, conversations=log, options=options, out=tmp_path)
-    assert marks.read_text().count("\n") == before[1]
-    assert parts.read_text().count("\n") == before[0] + 1
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
+    assert len(after) == len(before) + 1
+    assert {path: after[path] for path in before} == before
     whole = diagnose_roles(host, tokenizer, conversations=log, options=options)
     again.alignment["rows"][0]["adapter"] = None
     for part in ("log", "replies", "localisation", "alignment"):
@@ -198,7 +217,7 @@ def test_readings_of_another_model_are_not_taken(host, tokenizer, tmp_path):
         ({"share": 0.5}, "share"),
         ({"items": 7, "held_out": 5}, "at most 12"),
         ({"cover": 0.0}, "cover"),
-        ({"weigh": "odd"}, "cras"),
+        ({"weigh": "odd"}, "accuracy"),
         ({"weigh": "cras", "new_tokens": 0}, "replies"),
         ({"weights": "reward"}, "uniform"),
         ({"align": 1, "kinds": ("case", "format")}, "at least 3"),

@@ -13,7 +13,7 @@ from headway.door.caches import first_tokens
 from headway.errors import ArgumentError, ConflictError, HostError
 from tests.contracts.cache_policy import padded_left, run_in_chunks, tokens
 from tests.contracts.test_cache_policy import KeepLast
-from tests.door.hosts import CAUSAL, decoder
+from tests.door.hosts import CAUSAL, clip, decoder
 
 
 class Doubled(Editor):
@@ -172,3 +172,30 @@ def test_captures_of_weights_keys_and_values_are_refused_beside_a_policy(what):
             run_in_chunks(model, tokens(1, 12), [8, 1, 3])
     assert captured.result()[0]["head_output"].shape == (1, 4, 12, 8)
     assert captured.result()[0]["query"].shape == (1, 4, 12, 8)
+
+
+def test_towers_are_addressed_by_their_paths_and_layer_numbers_name_one_site():
+    model, inputs = clip()
+    with headway.use(model, Counting()) as handle:
+        model(**inputs)
+    numbers = [site.layer for site in handle.sites]
+    assert sorted(numbers) == list(range(len(numbers)))
+    for tower, layers in (("vision_model", 2), ("text_model", 2)):
+        for layer in range(layers):
+            seen = Counting()
+            with headway.use(model, seen, sites=[f"{tower}.encoder.layers.{layer}.*"]):
+                model(**inputs)
+            assert seen.names == [f"{tower}.encoder.layers.{layer}.self_attn"]
+
+
+class Counting(Observer):
+    """The names of the sites that it saw."""
+
+    def start(self):
+        self.names = []
+
+    def observe(self, call, output, lse=None):
+        self.names.append(call.site.name)
+
+    def result(self):
+        return self.names

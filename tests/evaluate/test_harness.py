@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import headway
+from headway.compare.baselines import PlainWindow
 from headway.errors import ArgumentError
 from headway.evaluate import register
 from headway.methods.sinks.streaming_llm import StreamingLLM
@@ -109,6 +110,77 @@ def test_a_share_of_one_changes_nothing_and_a_small_one_does(model, tokenizer):
         scores[budget] = [score for sample in found["samples"]["toy"] for score, _ in sample["filtered_resps"]]
     assert scores[1.0] == pytest.approx(scores[None], abs=1e-3)
     assert scores[0.2] != pytest.approx(scores[None], abs=1e-2)
+
+
+@pytest.mark.parametrize("fields", [CHOICE, GENERATE, ROLLING], ids=["choice", "generate", "rolling"])
+@pytest.mark.parametrize("method", ["streaming-llm", "duo-attention", "flexprefill", "recycled-attention"])
+def test_a_whole_task_at_the_full_budget_has_the_results_of_dense(model, tokenizer, method, fields):
+    """Metrics and every response, from the harness's own evaluation."""
+    toy = task("toy", **fields)
+    dense = evaluate(attach(model, tokenizer), toy)
+    full = evaluate(attach(model, tokenizer, method=method, budget=1.0), toy)
+    assert full["config"]["method"] == method
+    for name, value in dense["results"]["toy"].items():
+        if isinstance(value, float):
+            assert full["results"]["toy"][name] == pytest.approx(value, rel=1e-3), name
+    for one, other in zip(dense["samples"]["toy"], full["samples"]["toy"], strict=True):
+        if fields is GENERATE:
+            assert one["filtered_resps"] == other["filtered_resps"]
+        elif fields is ROLLING:
+            assert one["filtered_resps"][0] == pytest.approx(other["filtered_resps"][0], abs=1e-2)
+        else:
+            for (score, greedy), (full_score, full_greedy) in zip(
+                one["filtered_resps"], other["filtered_resps"], strict=True
+            ):
+                assert full_score == pytest.approx(score, abs=1e-3)
+                assert full_greedy == greedy
+
+
+def test_a_task_whose_answer_stands_outside_the_window_is_lost_by_the_method_and_solved_by_dense(tokenizer):
+    """The first word of the context decides the option. A host that copies it is right on every question; behind a
+    window that has dropped it, it is right on none of them: the harness's accuracy falls from 1 to 0."""
+    host = first_token_host()
+    docs = [
+        {"question": f"{letter}{'.' * 60}", "choices": ["x", "y", "z"], "answer": number}
+        for number, letter in enumerate("xyz")
+    ]
+    import datasets
+
+    toy = task("toy", **CHOICE) | {
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(docs)}, "target_delimiter": "",
+    }  # fmt: skip
+    plain = byte_tokenizer()
+    dense = evaluate(attach(host, plain), toy)
+    lost = evaluate(attach(host, plain, stages=[PlainWindow(window=16)]), toy)
+    full = evaluate(attach(host, plain, stages=[PlainWindow(window=100)]), toy)
+    found = [one["results"]["toy"]["acc,none"] for one in (dense, full, lost)]
+    assert found[:2] == [1.0, 1.0]
+    assert found[2] < 0.5
+
+
+def first_token_host():
+    """One layer whose every row attends to letters above all else, and says the letter that it reads."""
+    host = tiny_llama(num_hidden_layers=1, hidden_size=64, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
+    letters = byte_tokenizer()("xyz", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        for parameter in host.parameters():
+            if parameter.ndim >= 2:
+                parameter.zero_()
+        width, mark = host.config.hidden_size, 63
+        embedding, attention = host.model.embed_tokens.weight, host.model.layers[0].self_attn
+        # Every token has a constant in its last dimension but one; a letter has a mark and a dimension of its own.
+        embedding[:, width - 2] = 1.0
+        for number, letter in enumerate(letters):
+            embedding[letter, number] = 4.0
+            embedding[letter, mark] = 4.0
+            host.lm_head.weight[letter, 8 + number] = 1.0
+        # The slowest rotary pair is all but still: its first half stands at dimension 31, its second at 63.
+        attention.q_proj.weight[mark, width - 2] = 40.0
+        attention.k_proj.weight[mark, mark] = 4.0
+        for number in range(len(letters)):
+            attention.v_proj.weight[number, number] = 1.0
+            attention.o_proj.weight[8 + number, number] = 1.0
+    return host
 
 
 def test_a_continuation_is_scored_as_it_would_be_decoded(model, tokenizer):

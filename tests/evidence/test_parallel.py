@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headway.errors import ArgumentError
-from headway.evidence.parallel import side_by_side
+from headway.evidence.parallel import processes, side_by_side
 
 
 def fact(number: int) -> tuple[int, int, int]:
@@ -33,3 +33,14 @@ def test_the_error_of_a_call_is_raised():
         side_by_side(fact, [(1,), (13,), (2,)], workers=2)
     with pytest.raises(ArgumentError, match="workers"):
         side_by_side(fact, [(1,)], workers=0)
+
+
+def test_processes_stay_for_several_calls_and_end_with_the_block():
+    with processes(2) as together:
+        first, second = (together(fact, [(n,) for n in range(start, start + 6)]) for start in (0, 6))
+    assert [square for square, _, _ in first + second] == [n * n for n in range(12)]
+    used = {process for _, _, process in first + second}
+    assert len(used) <= 2
+    assert os.getpid() not in used
+    with pytest.raises(ProcessLookupError):
+        os.kill(used.pop(), 0)

@@ -7,6 +7,8 @@ import torch
 
 import headway
 from headway.evidence import NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _act_choice as choice
+from headway.evidence.recipes import _act_planting as planting
 from headway.evidence.recipes import _act_toy as toy
 from headway.evidence.recipes import act as recipe
 
@@ -37,7 +39,7 @@ def test_a_few_questions_to_a_random_model_say_nothing(smoke):
 
 def test_the_questions_of_search_and_report_are_told(smoke):
     details = claim(smoke, "choice-gain").details
-    assert details["questions"] == {"search": 3, "held out": 3}
+    assert details["questions"] == {"search": 3, "held out": 3, "shared": 0}
     assert len(details["correct"]["dense"]) == 3
 
 
@@ -66,6 +68,46 @@ def test_planted_sinks_take_the_attention_of_their_heads():
     on_markers = (found[0] * (batch.ids == toy.MARKER)[:, None, None]).sum(-1)[:, :, -1]
     assert float(on_markers[:, 2].min()) > 0.99
     assert float(on_markers[:, [0, 1, 3]].max()) < 0.5
+
+
+def test_a_plant_leaves_its_heads_something_to_give_back():
+    """At the limit the median row that asks has `LEFT` outside the markers, with the sinks in place."""
+    model = toy.train_recall(60, torch.Generator().manual_seed(0))
+    batch = toy.recall_batch(32, torch.Generator().manual_seed(1))
+    limit = planting.strongest(model, batch)
+    assert set(limit) == set(toy.every_head())
+    for head in ((0, 1), (0, 3)):
+        read = planting._MarkerShares(batch)
+        with torch.no_grad(), headway.use(model, toy.PlantedSinks(heads=[head], strength=limit[head]), read):
+            model(input_ids=batch.ids)
+        assert float(read.shares[0][:, head[1]].median()) == pytest.approx(1 - planting.LEFT, abs=1e-4)
+
+
+def test_every_plant_fulfils_its_conditions():
+    generator = torch.Generator().manual_seed(5)
+    model = toy.train_recall(150, generator)
+    batch = toy.recall_batch(128, generator)
+    clean = float(toy.recalled(model, batch).mean())
+    found = planting.plant(model, batch, generator)
+    assert found is not None
+    limit = planting.strongest(model, batch)
+    assert found.strength <= min(limit[head] for head in found.heads)
+    damaged = planting._damage(model, batch, found.heads, found.strength)
+    assert planting.DAMAGED[0] <= damaged <= planting.DAMAGED[1] < clean
+    for head in found.heads:
+        rest = [other for other in found.heads if other != head]
+        assert planting._damage(model, batch, rest, found.strength) - damaged >= planting.WORTH
+
+
+def test_an_evaluation_on_questions_of_the_search_would_be_warned_of(caplog, monkeypatch):
+    part = choice.Part("smoke", 0, 6, 0.5)
+    with caplog.at_level("WARNING"):
+        search, held = choice.questions(part)
+        assert not set(search) & set(held)
+        assert not caplog.text
+        monkeypatch.setattr(choice, "split_items", lambda count, share: (list(range(count)), list(range(count))))
+        choice.questions(part)
+    assert "6 evaluation items were used in the head search" in caplog.text
 
 
 def test_the_paper_setting_needs_a_gpu(monkeypatch):

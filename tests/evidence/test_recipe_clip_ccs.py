@@ -88,3 +88,40 @@ def test_a_built_head_writes_where_it_is_told(model, bank, batches):
     plain = decompose(tower(model), batches[0])
     length = [tower(m).embed(batches[0]).norm(dim=-1).view(-1, 1) for m in (built, model)]
     torch.testing.assert_close(found.heads[:, 2, 1] * length[0], plain.heads[:, 2, 1] * length[1], atol=0.2, rtol=0.3)
+
+
+def test_a_confined_head_writes_of_its_concept_alone_and_the_bound_is_idempotent(model, bank, batches):
+    import copy
+
+    built = copy.deepcopy(model)
+    basis = planted.concept_directions(bank, "shape")
+    planted.confine(built, {(3, 1): basis})
+    once = tower(built).outputs[3].weight.clone()
+    planted.confine(built, {(3, 1): basis})
+    torch.testing.assert_close(tower(built).outputs[3].weight, once, atol=1e-6, rtol=1e-5)
+    found = decompose(tower(built), batches[0])
+    assert found.error < 1e-4
+    wrote = (found.heads[:, 3, 1] - found.heads[:, 3, 1].mean(0)).double()
+    before = decompose(tower(model), batches[0]).heads[:, 3, 1].double()
+    before = before - before.mean(0)
+
+    def outside(x):
+        return float((x - x @ basis.T @ basis).norm() / x.norm())
+
+    assert outside(wrote) < 0.35 < outside(before)
+    others = [h for h in range(8) if h != 1]
+    kept = tower(built).outputs[3].weight.unflatten(1, (8, -1))[:, others]
+    torch.testing.assert_close(kept, tower(model).outputs[3].weight.unflatten(1, (8, -1))[:, others])
+
+
+def test_training_on_keeps_the_bound_and_the_bank(model, bank):
+    built = planted.specialised(model, bank, ("colour", "shape"), layer=3, steps=2, rate=1e-3, seed=0)
+    part, plain = tower(built), tower(model)
+    reach = part.projection.weight.double() * part.norm.weight.double()
+    for head, concept in enumerate(("colour", "shape")):
+        basis = planted.concept_directions(bank, concept)
+        wrote = reach @ part.outputs[3].weight[:, head * 12 : (head + 1) * 12].double()
+        torch.testing.assert_close(basis.T @ (basis @ wrote), wrote, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(part.outputs[0].weight, plain.outputs[0].weight)
+    for name, value in model.text_model.state_dict().items():
+        assert torch.equal(built.text_model.state_dict()[name], value), name

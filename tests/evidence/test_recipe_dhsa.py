@@ -59,6 +59,55 @@ def test_true_boundaries_bring_back_whole_segments(smoke):
     assert recall["true 128"] > 0.9
 
 
+def test_the_last_keys_and_random_keys_bring_back_their_share_of_segments(smoke):
+    """A window of 128 of 512 keys holds a quarter of the segments, as do keys drawn at random."""
+    recall = claim(smoke, "segments").details["recall"]
+    for budget in planted.BUDGETS:
+        assert recall[f"random keys {budget}"] == pytest.approx(budget / 512, abs=0.03)
+        assert recall[f"window {budget}"] < budget / 512 + 0.35
+        assert recall[f"true {budget}"] > recall[f"window {budget}"] + 0.2
+
+
+def test_weak_targets_stand_out_alike_at_all_lengths():
+    """The sum of a target's keys along its topic is z spreads on average, whatever the length."""
+    for length in planted.LENGTHS:
+        generator, found = torch.Generator().manual_seed(length), []
+        for _ in range(300):
+            key, _, topic, inside = planted.weak_target(generator, length, 2.5 / length**0.5)
+            found.append(float((key[inside] @ topic[0]).sum()) / length**0.5)
+        assert sum(found) / 300 == pytest.approx(2.5, abs=0.25)
+        assert torch.tensor(found).std() == pytest.approx(1, abs=0.2)
+
+
+def test_targets_that_are_always_found_say_nothing(tmp_path):
+    """The gate: with a recall near one under both forms no difference can show."""
+    context = Context(size="small", seed=0, out=tmp_path)
+    wide = torch.linspace(-0.05, 0.05, 20).tolist()
+    found = {f"sqrt {n}": [0.6 + x for x in wide] for n in planted.LENGTHS}
+    found |= {f"mean {n}": [(0.7 if n == planted.SHORT else 0.5) + x for x in wide] for n in planted.LENGTHS}
+    assert recipe._targets_claim(context, found).verdict == "holds"
+    found |= {f"{norm} {planted.LONG}": [0.99] * 20 for norm in ("sqrt", "mean")}
+    assert recipe._targets_claim(context, found).verdict == "inconclusive"
+
+
+def test_joins_are_learnt_from_joined_texts_of_other_documents(tmp_path, monkeypatch):
+    """What the predictor is trained on holds pieces of the training texts alone, many in each."""
+    trained = []
+    plain = text.trained_on
+    monkeypatch.setattr(
+        text, "trained_on", lambda context, model, ids: trained.append(ids) or plain(context, model, ids)
+    )
+    context = Context(size="smoke", seed=0, out=tmp_path)
+    found = text.join_f1(context)
+    model, tokenizer = text.host_of(context)
+    train, judge = text.texts_of(context, tokenizer, model)
+    pairs = {tuple(pair) for ids in train for pair in ids[0].unfold(0, 3, 1).tolist()}
+    for ids in trained[0]:
+        inside = [tuple(pair) in pairs for pair in ids[0].unfold(0, 3, 1).tolist()]
+        assert sum(inside) / len(inside) > 0.8
+    assert len(found["predicted"]) == len(found["labels"]["f1"]) == len(judge)
+
+
 def test_planted_keys_point_to_their_topics(tmp_path):
     key, starts, topics = planted.planted(torch.Generator().manual_seed(0), 600)
     assert key.shape == (600, 64)

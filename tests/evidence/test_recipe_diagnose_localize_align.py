@@ -95,6 +95,35 @@ def test_runs_are_read_at_half_their_steps_and_timed():
     assert not recipe.claims.run_rises([[1, 0.0, 1.0]] * 3)
 
 
+def test_every_answer_is_judged_under_both_rules():
+    class Model:
+        """A judge that likes short replies whatever the rule."""
+
+        def __init__(self, *_):
+            pass
+
+        def mark(self, turn, rubric, dimension):
+            assert dimension == "CC"
+            return 5.0 - len(turn.reply) / 100
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "ModelJudge", Model)
+        found = measures.judged(None, None, list(method.KINDS), 1)
+    assert found["rules"] == [5.0, 1.0] * 2 * len(method.KINDS)
+    assert found["gain"] == [0.0] * 2 * len(method.KINDS), "what is liked for its form gains nothing"
+
+
+def test_a_rate_is_chosen_by_the_loss_of_unseen_pairs():
+    base = toy.train(12, 0)
+    pairs = toy.draw_cases(32, np.random.default_rng(0))
+    none, some = (
+        measures.preference_loss(base, [0, 1], pairs, pairs, recipe._settings("uniform", 12, rate, 0))
+        for rate in (1e-12, 5e-3)
+    )
+    assert none == pytest.approx(np.log(2), abs=1e-4)
+    assert some < none
+
+
 def test_the_paper_setting_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NotRunnableError, match="no GPU"):

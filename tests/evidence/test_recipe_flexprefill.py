@@ -13,16 +13,18 @@ from headway.door import AttentionCall, Blocks
 from headway.door.execute import selection_density
 from headway.errors import ArgumentError
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _flexprefill_text as text
 from headway.evidence.recipes import flexprefill as recipe
-from headway.evidence.recipes.flexprefill import (
-    CRITERIA,
-    Comparison,
+from headway.evidence.recipes._flexprefill_baselines import (
+    BASELINES,
     Prefill,
     fixed_blocks,
-    planted_head,
     random_blocks,
     window_of_density,
 )
+from headway.evidence.recipes._flexprefill_planted import planted, planted_head
+from headway.evidence.recipes._flexprefill_text import GAMMAS, Baselines, compared, sides_of
+from headway.evidence.recipes.flexprefill import CRITERIA
 from headway.methods.long_context.flexprefill import FlexPrefill
 
 
@@ -62,14 +64,56 @@ def test_planted_heads_show_their_differences(smoke):
     assert claim(smoke, "pattern").measured.value > 0.8
 
 
-def test_baselines_are_measured_at_the_density_of_the_method(smoke):
-    densities = claim(smoke, "mass").details["density"]
-    for name in recipe.BASELINES:
-        assert densities[name][0] == pytest.approx(densities["flex"][0], rel=0.02)
+@pytest.mark.parametrize("what", ["call", "mean"])
+def test_baselines_are_measured_at_the_density_of_the_method(smoke, what):
+    claim_id = {"call": "mass-by-gamma", "mean": "mass-one-budget"}[what]
+    curves = claim(smoke, claim_id).details["curves"]
+    assert set(curves) == {"flex", *BASELINES}
+    for name in BASELINES:
+        for gamma, point in curves["flex"].items():
+            assert curves[name][gamma]["density"] == pytest.approx(point["density"], rel=0.05)
 
 
-def test_density_by_gamma_is_drawn(smoke):
-    assert (smoke.folder / "plots" / "density-by-gamma.html").exists()
+def test_the_density_and_what_is_kept_grow_with_gamma(smoke):
+    points = list(claim(smoke, "mass-by-gamma").details["curves"]["flex"].values())
+    assert len(points) == len(GAMMAS) >= 3
+    for what in ("density", "mass"):
+        values = [point[what] for point in points]
+        assert values == sorted(values)
+        assert values[-1] > values[0] + 0.02
+
+
+def test_densities_and_curves_are_drawn(smoke):
+    for name in ("density-by-gamma", "mass-by-gamma", "mass-one-budget"):
+        assert (smoke.folder / "plots" / f"{name}.html").exists()
+
+
+def test_one_budget_is_the_mean_over_calls_and_the_other_that_of_each_call():
+    """A sharp and a flat call: the first is given more than it read, the second less."""
+    sharp, flat = make_call(256, seed=1), make_call(256, seed=2)
+    sharp = sharp.replace(query=6 * sharp.query)
+    flat = flat.replace(query=0.1 * flat.query, site=replace(flat.site, layer=1))
+    found = compared([sharp, flat], METHOD, [128, 256], 0)
+    own = [call["flex"][1]["density"] for call in found]
+    assert own[0] < own[1] - 0.1
+    for call, density in zip(found, own, strict=True):
+        for name in BASELINES:
+            assert call["call"][1][name]["density"] == pytest.approx(density, abs=0.02)
+            assert call["mean"][1][name]["density"] == pytest.approx(sum(own) / 2, abs=0.02)
+    sides = sides_of({"texts": [found]}, "density", budget="mean")
+    assert sides["fixed"] == pytest.approx(sides["flex"], abs=0.02)
+
+
+def test_adapting_to_layers_is_credited_at_one_budget_only():
+    """Whole-layer differences are invisible to a match call by call, where all heads of a call are alike."""
+    sharp, flat = (planted_head(kind, torch.Generator().manual_seed(4)) for kind in ("vertical", "isotropic"))
+    method = FlexPrefill(block=32, min_budget=None, tau=0.0, approximates=False, stop="union")
+    found = compared([sharp, flat.replace(site=replace(flat.site, layer=1))], method, [1024], 0)
+    gain = {
+        budget: sum(call["flex"][1]["mass"] - call[budget][1]["fixed"]["mass"] for call in found) / 2
+        for budget in text.BUDGETS
+    }
+    assert gain["mean"] > gain["call"] + 0.01
 
 
 @given(seed=st.integers(0, 50), density=st.floats(0.3, 0.95))
@@ -103,28 +147,32 @@ def test_a_fixed_budget_gives_every_head_the_same_number_of_columns_and_diagonal
 
 
 def test_a_smaller_gamma_that_reads_more_is_counted(monkeypatch):
-    watch = Comparison(METHOD, [0], [48, 96], 0)
-    watch.observe(make_call(), torch.empty(0))
-    assert watch.result()[0]["more at smaller gamma"] == 0
-    monkeypatch.setattr(recipe, "GAMMAS", (0.99, 0.95, 0.9, 0.3))
-    watch.observe(make_call(), torch.empty(0))
-    assert watch.result()[1]["more at smaller gamma"] > 0
+    assert compared([make_call()], METHOD, [48, 96], 0)[0]["more at smaller gamma"] == 0
+    monkeypatch.setattr(text, "GAMMAS", (0.99, 0.95, 0.9, 0.3))
+    assert compared([make_call()], METHOD, [48, 96], 0)[0]["more at smaller gamma"] > 0
 
 
 def test_shorter_lengths_are_the_first_tokens_of_the_call():
-    watch = Comparison(METHOD, [0], [48, 96], 0)
     call = make_call()
-    watch.observe(call, torch.empty(0))
-    short, whole = watch.result()[0]["by length"]
+    short, whole = compared([call], METHOD, [48, 96], 0)[0]["by length"]
     parts = [getattr(call, name)[:, :, :48] for name in ("query", "key", "value")]
     assert short == METHOD.blocks_of(AttentionCall.from_tensors(*parts, causal=True)).density
     assert whole == METHOD.blocks_of(call).density
 
 
+def test_a_fixed_budget_between_two_counts_is_interpolated():
+    call = make_call(300)
+    masks = [fixed_blocks(METHOD, count).blocks_of(call).mask for count in (4, 5)]
+    low, high = (text.kept(call, Blocks(mask), mask.density()) for mask in masks)
+    middle = Baselines(call, METHOD, 0).at((low["density"] + high["density"]) / 2)["fixed"]
+    for name, value in middle.items():
+        assert value == pytest.approx((low[name] + high[name]) / 2)
+
+
 def test_what_is_kept_is_a_mean_over_rows_that_stand_everywhere():
     call = make_call(300)
     mask = FlexPrefill(block=16, min_budget=16).blocks_of(call).mask
-    kept = recipe._kept(call, Blocks(mask), mask.density())
+    kept = text.kept(call, Blocks(mask), mask.density(), late=True)
     true = (call.weights() * mask.to_bool()).sum(-1)
     assert kept["mass"] == pytest.approx(float(true.mean()), abs=0.02)
     assert kept["last"] == pytest.approx(float(true[..., -64:].mean()), abs=1e-5)
@@ -132,20 +180,32 @@ def test_what_is_kept_is_a_mean_over_rows_that_stand_everywhere():
 
 def test_a_baseline_is_sparse_in_prefill_and_dense_in_decoding():
     call = make_call()
-    for kind in ("window", "random"):
+    for kind in BASELINES:
         method = Prefill(density=0.5, kind=kind, block=8)
-        assert selection_density(method.select(call), call) == pytest.approx(0.5, abs=0.05)
+        assert 0.5 <= selection_density(method.select(call), call) < 0.58
         assert type(method.select(call.replace(query=call.query[:, :, -1:], causal=False))).__name__ == "Dense"
         assert method.phases == {"prefill"}
 
 
-def test_an_unknown_head_is_named():
+def test_an_unknown_head_or_baseline_is_named():
     with pytest.raises(ArgumentError, match="kind: got 'sink'"):
         planted_head("sink", torch.Generator())
+    with pytest.raises(ArgumentError, match="kind: got 'best'"):
+        Prefill(density=0.5, kind="best", block=8)
+
+
+def test_a_model_that_does_not_know_the_needle_says_nothing_about_it(tmp_path):
+    """The gate: without a dense prefill that ranks the value first, a gain over the baselines is no evidence."""
+    values = {"dense": 0.1, "flex": 0.1, "window": 1.0, "random": 1.0, "fixed": 1.0}
+    found = {"nll": {name: [x, x + 0.01] * 4 for name, x in values.items()}, "rank one": {"dense": [1.0] * 8}}
+    context = Context(size="small", seed=0, out=tmp_path)
+    assert recipe._needle_claim(context, found).verdict == "holds"
+    found["rank one"]["dense"] = [0.5] * 8
+    assert recipe._needle_claim(context, found).verdict == "inconclusive"
 
 
 def test_measurements_depend_on_the_seed_alone(tmp_path):
-    first, again = (recipe._planted(Context(size="smoke", seed=5, out=tmp_path / str(number))) for number in range(2))
+    first, again = (planted(Context(size="smoke", seed=5, out=tmp_path / str(number))) for number in range(2))
     assert first == again
 
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
-from headway.evidence.recipes import _infiniretri_measures as measures
-from headway.evidence.recipes._infiniretri_measures import hide, truncated
+from headway.evidence.recipes import _infiniretri_planted as measures
+from headway.evidence.recipes._infiniretri_claims import exponent
+from headway.evidence.recipes._infiniretri_measures import chosen_layer, hide
+from headway.evidence.recipes._infiniretri_planted import truncated
 from headway.evidence.recipes.infiniretri import CRITERIA
 from headway.hosts import default_text
 from headway.methods.long_context.infiniretri import Settings, split_text
-from headway.tasks.planted_retrieval import planted_host
+from headway.tasks.planted_retrieval import answering_host, planted_host
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,15 @@ def test_every_layer_is_judged(smoke):
 
 
 def test_few_cases_prove_nothing(smoke):
-    for name in ("needles-64k", "needles-64k-gain", "not-below-bm25", "in-window-accuracy", "two-hop"):
+    for name in (
+        "needles-64k",
+        "needles-64k-gain",
+        "bm25-64k",
+        "planted-answers",
+        "not-below-bm25",
+        "in-window-accuracy",
+        "two-hop",
+    ):
         assert claim(smoke, name).verdict == "inconclusive"
 
 
@@ -89,6 +99,52 @@ def test_a_host_that_attends_to_nothing_in_particular_loses_needles(tmp_path, mo
     monkeypatch.setattr(measures, "planted_host", blind)
     rows = measures.measure_planted(Context(size="smoke", seed=0, out=tmp_path))
     assert sum(row["kept"] for row in rows) <= 3
+
+
+def test_the_answering_host_answers_any_length_and_a_vote_of_chunks_does_not(smoke):
+    found = claim(smoke, "planted-answers")
+    assert found.others["answer"].value == found.others["in_window"].value == 1
+    assert found.others["majority"].value == 0
+    assert found.baseline.value < 1
+
+
+def test_a_host_that_hands_no_word_on_answers_nothing(tmp_path, monkeypatch):
+    def mute(**options):
+        model, tokenizer = answering_host(**options)
+        with torch.no_grad():
+            model.transformer.h[0].attn.c_proj.weight.zero_()
+        return model, tokenizer
+
+    monkeypatch.setattr(measures, "answering_host", mute)
+    rows = measures.measure_answers(Context(size="smoke", seed=0, out=tmp_path))
+    assert sum(row["answer"] + row["in_window"] for row in rows) == 0
+
+
+def test_a_vote_goes_to_the_answer_of_most_chunks():
+    """A name with a value in every chunk wins over one that stands in a single chunk."""
+    model, tokenizer = answering_host()
+    filler = "w1 w2 w3 ."
+    text = f"the code of n5 is v7 . {filler} " * 200
+    assert measures._majority(model, tokenizer, text, "the code of n5") == "v7"
+    assert measures._said(model, tokenizer, text[:300] + " the code of n9 is v8 .", "the code of n9") == "v8"
+
+
+def test_the_layer_is_that_of_the_largest_margin_and_the_last_of_equal_ones():
+    assert chosen_layer([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]) == 1
+    assert chosen_layer([[-1.0, 2.0, 2.0, 0.5]]) == 2
+    assert chosen_layer([[5.0, 1.0, 0.0], [-9.0, 1.0, 1.5]]) == 1
+
+
+def test_an_exponent_is_that_of_a_power():
+    found = {str(n): {"linear": 3.0 * n, "square": 0.1 * n**2} for n in (10, 40, 70)}
+    assert exponent(found, "linear") == pytest.approx(1)
+    assert exponent(found, "square") == pytest.approx(2)
+
+
+def test_time_is_told_beside_a_dense_forward(smoke):
+    found = claim(smoke, "linear-time")
+    assert found.others["dense_pairs"].value == pytest.approx(2, abs=0.01)
+    assert found.others["pairs"].value < 1.5
 
 
 def test_a_narrow_window_finds_fewer_phrases(tmp_path):

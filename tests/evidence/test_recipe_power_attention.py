@@ -8,8 +8,11 @@ import torch
 from headway.door import AttentionCall
 from headway.errors import ArgumentError
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
-from headway.evidence.recipes import power_attention as recipe
-from headway.evidence.recipes.power_attention import CRITERIA, TOY, Pattern, passkeys, tiny_lm
+from headway.evidence.recipes import _power_reach as reaching
+from headway.evidence.recipes import _power_toys as recipe
+from headway.evidence.recipes._power_reach import Pattern, tiny_lm
+from headway.evidence.recipes._power_toys import TOY, passkeys
+from headway.evidence.recipes.power_attention import CRITERIA
 from headway.methods.long_context.power_attention import pattern_mask, power_mask, reached
 
 
@@ -40,7 +43,15 @@ def test_exact_claims_hold_at_any_size(smoke):
 
 
 def test_a_model_that_was_hardly_trained_says_nothing(smoke):
-    for name in ("recall", "fine-tuning", "text", "untrained-perplexity", "untrained-needle"):
+    for name in (
+        "recall",
+        "static-patterns",
+        "recall-follows-graph",
+        "fine-tuning",
+        "text",
+        "untrained-perplexity",
+        "untrained-needle",
+    ):
         assert claim(smoke, name).verdict == "inconclusive"
 
 
@@ -51,16 +62,38 @@ def test_the_probe_is_drawn(smoke):
 
 
 def test_a_gradient_through_another_mask_is_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "reached", lambda mask, layers: reached(mask, layers + 1))
-    assert recipe._gradients(context(tmp_path))["wrong"] > 0
+    monkeypatch.setattr(reaching, "reached", lambda mask, layers: reached(mask, layers + 1))
+    assert reaching.measure_gradients(context(tmp_path))["wrong"] > 0
+    assert reaching.measure_long_reach(context(tmp_path))["wrong"] > 0
 
 
 def test_a_mask_without_its_powers_is_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "power_mask", lambda n, **o: pattern_mask("window", n, degree=6))
-    found = recipe._hops(context(tmp_path))
+    monkeypatch.setattr(reaching, "power_mask", lambda n, **o: pattern_mask("window", n, degree=6))
+    found = reaching.measure_hops(context(tmp_path))
     assert found["wrong distances"] > 0
     monkeypatch.undo()
-    assert recipe._hops_claim({**recipe._hops(context(tmp_path)), "hops": {"64": [6, 7]}}).measured.value == 1
+    found = {**reaching.measure_hops(context(tmp_path)), "hops": {"64": [6, 7]}}
+    assert reaching.hops_claim(found, CRITERIA["hops"]).measured.value == 1
+
+
+def test_gradients_reach_all_blocks_with_as_many_layers_as_the_graph_asks_for_and_no_fewer(smoke):
+    found = claim(smoke, "long-reach")
+    assert found.measured.value == 0
+    assert found.others["power"].value == 1
+    assert found.others["less"].value < 1
+
+
+def test_paths_of_the_toys_graphs():
+    """The mask leads everywhere; dilated windows miss odd distances, segments what lies behind their border."""
+    power, dilated, segments, window = (recipe.graph_reach(n) for n in ("power", "dilated", "segments", "window"))
+    below = torch.ones(recipe.TOKENS, recipe.TOKENS, dtype=torch.bool).tril()
+    assert torch.equal(power, below)
+    distance = torch.arange(recipe.TOKENS)[:, None] - torch.arange(recipe.TOKENS)
+    behind_sink = torch.arange(recipe.TOKENS) > 0
+    assert not (dilated & (distance % 2 == 1) & behind_sink).any()
+    assert bool((dilated == below)[(distance % 2 == 0) & (distance >= 0)].all())
+    assert torch.equal(window[:, 1:], (below & (distance <= recipe.WINDOW_REACH))[:, 1:])
+    assert not torch.equal(segments, below)
 
 
 def test_far_pass_keys_are_out_of_a_windows_reach_and_within_the_masks():
@@ -97,9 +130,12 @@ def test_accuracy_counts_positions_by_their_distance():
 
     test = passkeys(torch.Generator().manual_seed(1), 400)
     share = float((test["labels"][:, -1] == 0).double().mean())
-    found = recipe._accuracy(Zero(), None, test)
+    found = recipe.accuracy(Zero(), None, test)
     assert set(found) == {"near", "between", "far"}
     assert found["near"] == pytest.approx(share, abs=0.05)
+    whole = recipe.accuracy(Zero(), None, test, recipe.graph_reach("power"))
+    assert whole["unreachable"] is None
+    assert whole["reachable"] == pytest.approx(share, abs=0.05)
 
 
 def test_a_pattern_reads_what_its_mask_says_and_only_whole_texts():

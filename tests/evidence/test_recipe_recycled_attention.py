@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import headway
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _recycled_decoding as decoding
+from headway.evidence.recipes import _recycled_mass as mass
 from headway.evidence.recipes import _recycled_toys as toys
 from headway.evidence.recipes import recycled_attention as recipe
-from headway.methods.long_context.recycled_attention import RecycledAttention
+from headway.methods.long_context.recycled_attention import RecycledAttention, recovered_mass
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,7 @@ def test_a_random_model_on_few_tokens_proves_nothing(smoke):
 
 def test_every_method_decodes_the_same_tokens(smoke):
     table = claim(smoke, "close-to-dense").details
-    assert set(table["perplexity"]) == {
-        "dense", "streaming", "recycled", "dynamic", "one choice", "attend", "select"
-    }  # fmt: skip
+    assert list(table["perplexity"]) == list(decoding.arms(16))
     assert table["full steps, mean over layers"]["recycled"] == 1
     assert table["full steps, mean over layers"]["one choice"] == 0
 
@@ -59,6 +60,66 @@ def test_planted_chains_are_followed_by_what_renews_its_choice(smoke):
     assert shares["one choice"] == pytest.approx(1 / recipe.SMOKE.hops)
 
 
+def test_one_choice_knows_the_first_link_of_a_chain_and_no_later_one(smoke):
+    by_hop = claim(smoke, "chain-by-length").details["share right by hop"]
+    assert by_hop["one choice"] == [1.0, 0.0, 0.0, 0.0]
+    assert by_hop["4"] == by_hop["dense"] == [1.0] * 4
+
+
+def test_sets_that_nothing_renews_hold_as_many_keys_and_what_came_since():
+    scores = torch.tensor([[[0.1, 0.9, 0.3, 0.8, 0.2]]])
+    held = mass.held_since(scores, torch.tensor([5, 8]), 9, 4)
+    assert held.sum(-1).tolist() == [[[4, 4]]]
+    # One token since the prompt and three of its best; then the two latest and the two best.
+    assert held[0, 0, 0].nonzero()[:, 0].tolist() == [1, 2, 3, 5]
+    assert held[0, 0, 1].nonzero()[:, 0].tolist() == [1, 3, 7, 8]
+
+
+def test_heavy_hitters_are_the_older_keys_that_received_most():
+    received = torch.tensor([[[5.0, 1.0, 4.0, 3.0, 9.0, 8.0]]])
+    held = mass.heavy_and_recent(received, torch.tensor([5, 6]), 7, 4)
+    assert [row.nonzero()[:, 0].tolist() for row in held[0, 0]] == [[0, 2, 4, 5], [0, 4, 5, 6]]
+
+
+def test_recovered_mass_is_that_of_the_parallel_form(tmp_path):
+    """The set of a full step is the one of `recovered_mass`, and a set of every key holds all there is."""
+    from headway.hosts.tiny import tiny_host
+
+    model, _ = tiny_host("llama", max_position_embeddings=200)
+    ids = torch.randint(8, 100, (1, 120), generator=torch.Generator().manual_seed(0))
+    found = mass.mass_of_sets(context(tmp_path), model, ids, starts=1, steps=9, budget=20, rivals=True)
+    start = found["starts"][0]
+    with headway.capture(model, what=("weights",)) as captured, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    layers = [captured.result()[layer]["weights"] for layer in range(model.config.num_hidden_layers)]
+    rows = [weights[:, :, start : start + 10, : start + 10] for weights in layers]
+    kv_heads = model.config.num_key_value_heads
+    want = torch.stack([recovered_mass(row, kv_heads, 20).mean((0, 1)) for row in rows]).mean(0)
+    torch.testing.assert_close(torch.tensor(found["recycled"][0]), want, atol=1e-5, rtol=0)
+    whole = mass.mass_of_sets(context(tmp_path), model, ids, starts=1, steps=9, budget=400, rivals=True)
+    for name in (*mass.OWN, "one choice", "snapkv", "h2o", "random"):
+        torch.testing.assert_close(torch.tensor(whole[name]), torch.ones(1, 9), atol=1e-5, rtol=0)
+
+
+def test_snapkv_chooses_by_the_last_rows_of_the_prompt_and_never_again():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 60, 8, generator=generator) for _ in range(2))
+    attention = toys.LayerByHand(decoding.SnapKV(budget=40))
+    attention(query, key, key)
+    call = headway.door.AttentionCall.from_tensors(query, key, key, causal=True)
+    sums = call.weights(torch.arange(28, 60)).sum(2)
+    pooled = torch.nn.functional.max_pool1d(sums, 7, stride=1, padding=3)[..., :28]
+    best = pooled.topk(8).values.min(-1).values
+    layer = attention.cache.layers[0]
+    for head in range(2):
+        held = set(layer.small.positions[0, head].tolist())
+        assert set(range(28, 60)) <= held
+        assert all(pooled[0, head, i] >= best[0, head] for i in held if i < 28)
+    for _ in range(30):
+        attention(query[:, :, -1:], key[:, :, -1:], key[:, :, -1:])
+    assert int(layer.full_steps.sum()) == 0
+
+
 def test_a_dense_step_by_hand_is_attention_over_everything():
     attention = toys.LayerByHand(RecycledAttention(budget=4, stride=1))
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +132,7 @@ def test_a_dense_step_by_hand_is_attention_over_everything():
 def test_a_method_that_never_renews_fails_the_chain(tmp_path, monkeypatch):
     monkeypatch.setattr(RecycledAttention, "_due", lambda self, query, layer: torch.zeros(1, dtype=torch.bool))
     shares = toys.chains(context(tmp_path), 1, 4)
-    assert shares["4"] == [0.25]
+    assert shares["4"] == [[True, False, False, False]]
 
 
 def test_short_strides_recover_what_long_ones_lose(tmp_path):

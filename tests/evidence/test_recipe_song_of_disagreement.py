@@ -8,6 +8,8 @@ import torch
 
 from headway.evidence import NotRunnableError, load_recipe, prove
 from headway.evidence.recipes import _agreement_claims as claims
+from headway.evidence.recipes import _agreement_habits as habits
+from headway.evidence.recipes import _agreement_measures as measures
 from headway.evidence.recipes import _agreement_toys as toys
 from headway.evidence.recipes import song_of_disagreement as recipe
 
@@ -49,6 +51,32 @@ def test_training_gives_the_same_toy_from_the_same_seed():
     assert toys.train(one, "additive", 2, 0) == toys.train(other, "additive", 2, 0)
     assert torch.equal(one.network.decoder.weight, other.network.decoder.weight)
     assert not one.module.training
+
+
+def test_a_method_that_follows_places_or_rarity_is_told():
+    class Context:
+        def generator(self, name):
+            return np.random.default_rng(0)
+
+    made = {
+        "family": "recurrent",
+        "rule": "additive",
+        "accuracy": 1.0,
+        "auroc": {"lime": [1.0], "integrated_gradients": [1.0], "attention_last": [1.0]},
+        "place": {"lime": [-0.5, float("nan"), -0.3, -0.4] * 5, "attention_last": [0.9]},
+        "rarity": {"lime": [-0.02, 0.04] * 20, "attention_last": [0.9]},
+    }
+    found = habits.habit_claims(Context(), [made, made | {"rule": "negation"}], made)
+    assert [c.id for c in found] == list(habits.CRITERIA)
+    place, rarity, _ = found
+    assert (place.measured.value, place.verdict) == (pytest.approx(0.4), "fails")
+    assert (rarity.measured.value, rarity.verdict) == (pytest.approx(0.01), "holds")
+
+
+def test_places_are_compared_among_tokens_that_decide_nothing():
+    (example,) = toys.examples("additive", 1, 0)
+    marks = example.rationale[~example.special]
+    assert measures._idle(example).tolist() == (~marks).tolist()
 
 
 def test_methods_are_chosen_on_other_texts_than_they_are_measured_on():

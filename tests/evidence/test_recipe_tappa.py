@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from headway.errors import ArgumentError
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _tappa_real as real
 from headway.evidence.recipes import tappa as recipe
 from headway.evidence.recipes.tappa import CLASSES, CRITERIA, planted_head
 from headway.kernels.rope import channel_energies, rope_frequencies, rotate
@@ -60,7 +62,35 @@ def test_the_confusion_table_counts_every_planted_head(smoke):
 def test_a_few_random_heads_say_nothing_about_trained_models(smoke):
     for name in ("real-weights", "real-logits"):
         assert claim(smoke, name).verdict == "inconclusive"
-        assert claim(smoke, name).measured.n == 8
+        assert claim(smoke, name).measured.n == 2
+        assert claim(smoke, name).others["over_heads"].n == 8
+
+
+def text_of(rng, agreement, heads=120, readings=("all_pre_rope", "adjacent_pre_rope")):
+    similarity = rng.normal(size=heads)
+    rows = agreement * similarity + (1 - agreement) * rng.normal(size=heads)
+    names = ("vertical", "overlap", "without_first", "steadiness")
+    return {
+        "similarity": dict.fromkeys(readings, similarity.tolist()),
+        "rows": dict.fromkeys(names, rows.tolist()),
+        "model": "drawn", "tokens": 9, "labels": {}, "largest_tightness": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("agreement", "texts", "verdict"), [
+    (0.7, 4, "holds"), (0.0, 4, "fails"), (0.7, 2, "inconclusive"),
+])  # fmt: skip
+def test_a_real_model_is_judged_over_texts_and_over_heads(tmp_path, agreement, texts, verdict):
+    found = [text_of(np.random.default_rng(i), agreement) for i in range(texts)]
+    for made in (real._weights_claim, real._logits_claim):
+        measured = made(context(tmp_path), found)
+        assert measured.verdict == verdict
+        assert measured.measured.n == texts
+
+
+def test_texts_that_disagree_decide_nothing(tmp_path):
+    found = [text_of(np.random.default_rng(i), agreement) for i, agreement in enumerate((0.9, 0.0, 0.9, 0.0, 0.6))]
+    assert real._weights_claim(context(tmp_path), found).verdict == "inconclusive"
 
 
 def test_the_same_seed_measures_the_same(smoke, tmp_path):

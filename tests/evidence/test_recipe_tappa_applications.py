@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from headway.evidence import Context
 from headway.evidence.recipes import _tappa_applications as applications
+from headway.evidence.recipes import _tappa_budgets as budgets
 from headway.evidence.recipes import tappa
+from headway.methods.long_context.duo_attention import Gates
+from tests.door.hosts import decoder
 
 
 def context(tmp_path, seed: int = 0) -> Context:
@@ -19,11 +23,64 @@ def test_the_recipe_of_the_paper_carries_them():
 
 
 def test_every_budget_holds_as_many_bytes(tmp_path):
-    found = applications._budgets(context(tmp_path))
-    assert all(ratio == 1 for values in found["bytes"].values() for ratio in values)
-    assert set(found["loss"]) == {"dense", "heads", *applications.BUDGETS}
-    losses = [tuple(values) for values in found["loss"].values()]
-    assert len(set(losses)) > 2
+    found = budgets._continuation(context(tmp_path), 0, 2)
+    assert set(found["loss"]) == {"dense", "heads", *budgets.BUDGETS, *budgets.OTHERS}
+    assert {name: ratio for name, ratio in found["bytes"].items() if ratio != 1} == {
+        "duo_attention": found["bytes"]["duo_attention"]
+    }
+    assert 0.9 < found["bytes"]["duo_attention"] <= 1
+    assert len(set(found["loss"].values())) > 2
+
+
+@pytest.mark.parametrize(("prompt", "budget"), [(512, 96), (384, 128), (8192, 512), (64, 63)])
+def test_duo_attention_fills_its_budget_and_no_more(prompt, budget):
+    model = decoder("Llama", num_hidden_layers=5, num_key_value_heads=4)
+    gates = Gates.of(model, torch.rand(5, 4, generator=torch.Generator().manual_seed(0)), how="drawn")
+    policy = budgets.duo_at_bytes(gates, prompt, budget)
+    whole = int(policy.retrieval().sum())
+    held = whole * prompt + (20 - whole) * (policy.sinks + policy.recent)
+    assert 0.97 * 20 * budget < held <= 20 * budget
+    assert policy.retrieval().flatten()[gates.values.flatten().argsort(descending=True)[:whole]].all()
+
+
+def test_passages_are_from_all_over_a_text():
+    found = budgets.spread(torch.arange(103)[None], 4, 10)
+    assert found[:, 0].tolist() == [0, 25, 50, 75]
+    assert found.shape == (4, 10)
+
+
+def part(**losses):
+    return {"loss": losses, "bytes": {"similarity": 1.0}, "prompt": 8, "budget": 4, "window": 2, "tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ((-0.1, -0.2, -0.1, -0.3, -0.2, -0.1), "holds"),
+        ((0.1, 0.2, 0.1, 0.3, 0.2, 0.1), "fails"),
+        ((0.1, -0.1, 0.1, -0.1, 0.1, 0.0), "inconclusive"),
+        ((-0.1, -0.2), "inconclusive"),
+    ],
+)
+def test_a_budget_fails_only_where_the_interval_says_so(tmp_path, gaps, verdict):
+    names = ("dense", "heads", *budgets.BUDGETS, *budgets.OTHERS)
+    parts = [part(**dict.fromkeys(names, 2.0) | {"similarity": 2.0 + gap}) for gap in gaps]
+    found = {c.id: c for c in (*budgets._budget_claims(context(tmp_path), parts),
+                               *budgets._other_claims(context(tmp_path), parts))}  # fmt: skip
+    judged = (
+        "budget-against-uniform",
+        "inverted-budget-is-worst",
+        "against-expected-attention",
+        "against-duo-attention",
+    )
+    assert {name: str(found[name].verdict) for name in judged} == dict.fromkeys(judged, verdict)
+
+
+def test_a_passage_is_kept_when_a_run_stops(tmp_path, monkeypatch):
+    first = budgets.claims(context(tmp_path))
+    monkeypatch.setattr(budgets, "_continuation", lambda *a: pytest.fail("measured twice"))
+    again = budgets.claims(context(tmp_path))
+    assert [c.to_dict() for c in again] == [c.to_dict() for c in first]
 
 
 def test_claims_come_in_order_and_small_runs_prove_nothing(tmp_path):
@@ -32,6 +89,7 @@ def test_claims_come_in_order_and_small_runs_prove_nothing(tmp_path):
     verdicts = {claim.id: claim.verdict for claim in claims}
     assert verdicts["published-order"] == verdicts["memory-is-saved"] == "holds"
     assert all(verdicts[name] == "inconclusive" for name in list(applications.CRITERIA)[2:])
+    assert "n = 2, at least 5" in next(c.reason for c in claims if c.id == "budget-against-uniform")
 
 
 def test_a_wrong_order_is_caught(monkeypatch):
@@ -46,11 +104,23 @@ def test_pruned_models_are_judged_on_text_that_was_not_measured_on(tmp_path, mon
         applications, "measure_layers", lambda model, chunks: measured.extend(chunks) or honest(model, chunks)
     )
     monkeypatch.setattr(
-        applications, "_loss", lambda model, ids, layers, **k: judged.append(ids) or loss(model, ids, layers, **k)
+        applications, "_loss", lambda model, texts, layers, **k: judged.append(texts) or loss(model, texts, layers, **k)
     )
     found = applications._pruning(context(tmp_path))
     assert len(measured) == 2
-    assert all(torch.equal(ids, judged[0]) for ids in judged)
-    assert not any(torch.equal(chunk[0, :8], judged[0][0, :8]) for chunk in measured)
+    assert all(torch.equal(texts, judged[0]) for texts in judged)
+    assert judged[0].shape == (3, 24)
+    assert not any(torch.equal(chunk[0, :8], text[:8]) for chunk in measured for text in judged[0])
     assert all(sorted(order) == [0, 1, 2, 3] for order in found["orders"].values())
     assert all(np.isfinite(values).all() for by in found["loss"].values() for values in by.values())
+
+
+def test_the_loss_without_layers_is_that_of_a_model_without_them():
+    model = decoder("Llama", num_hidden_layers=3)
+    texts = torch.randint(3, 80, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = applications._loss(model, texts, [1])
+    del model.model.layers[1]
+    with torch.no_grad():
+        logits = model(input_ids=texts, use_cache=False).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.transpose(1, 2), texts[:, 1:], reduction="none").mean(1)
+    assert found == pytest.approx(want.tolist(), rel=1e-5)

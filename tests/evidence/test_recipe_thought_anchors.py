@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 import headway
 from headway.evidence import NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _anchors_choice as choice
 from headway.evidence.recipes import _anchors_scripted as scripted
 from headway.evidence.recipes import _anchors_toy as toy
 from headway.evidence.recipes import thought_anchors as recipe
@@ -121,3 +124,38 @@ def test_the_paper_setting_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NotRunnableError, match="no GPU"):
         load_recipe("thought-anchors").check_runnable("full")
+
+
+def chooser(follows):
+    """Picks freely; works the rest out, or says any answer."""
+
+    def sample(prefix, seeds):
+        said = prefix.text.removeprefix(choice.prompt())
+        texts = []
+        for seed in seeds:
+            random = np.random.default_rng(seed)
+            picked = re.search(choice.PICK, said)
+            number = int(picked[1]) if picked else int(random.integers(1, 10))
+            line = choice.sentences(number) if follows else choice.sentences(int(random.integers(1, 10)))
+            line[0] = choice.sentences(number)[0]
+            done = sum(mark in said for mark in ("number", "more than", "answer"))
+            texts.append("".join(line[done:]))
+        return texts
+
+    return sample
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_free_choice_is_told_from_what_follows(follows):
+    class Context:
+        def generator(self, name):
+            return np.random.default_rng(0)
+
+    found = choice.choices(None, chooser(follows), 20)
+    made = choice.choice_claim(Context(), found)
+    assert np.mean(found["free"]) > 0.7
+    if follows:
+        assert made.verdict == "holds"
+        assert all(row[1] == row[2] == 0 for row in found["importance"]), "what follows changes nothing"
+    else:
+        assert made.verdict == "inconclusive", "answers that do not follow from the choice say nothing"

@@ -315,6 +315,42 @@ def test_an_encoder_comes_bare_and_may_lack_its_pooler(tmp_path, plain_tokenizer
     assert "pooler is not in the checkpoint" in caplog.text
 
 
+@pytest.fixture
+def classifier(tmp_path, plain_tokenizer):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_a_classifier_keeps_its_head_where_classes_are_asked_for(classifier):
+    model, folder = classifier
+    ids = torch.tensor([[5, 6, 7, 8]])
+    loaded, _ = load(folder, classes=True)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert type(load(folder)[0]).__name__ == "BertModel"
+
+
+@pytest.mark.parametrize("part", ["classifier.weight", "bert.pooler.dense.weight"])
+def test_a_classifier_without_a_part_that_its_classes_need_is_refused(classifier, part):
+    _, folder = classifier
+    weights = load_file(folder / "model.safetensors")
+    del weights[part]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HostError, match=f"lacks 1 of the weights .first: {part}"):
+        load(folder, classes=True)
+
+
+def test_classes_of_a_model_without_them_change_nothing(tiny_llama):
+    assert type(load(tiny_llama, classes=True)[0]) is type(load(tiny_llama)[0])
+
+
 def test_code_that_comes_with_a_model_is_not_run(tiny_llama, tmp_path):
     folder = copy_of(tiny_llama, tmp_path)
     settings = json.loads((folder / "config.json").read_text())

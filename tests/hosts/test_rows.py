@@ -6,7 +6,7 @@ import pytest
 
 from headway.errors import ArgumentError, HeadwayError
 from headway.hosts import read_text
-from headway.hosts.rows import check_policy, holds_rows, read_objects
+from headway.hosts.rows import Account, check_policy, holds_rows, json_objects, read_objects
 
 LINES = (
     '{"text": "one", "label": "a"}',
@@ -58,3 +58,31 @@ def test_another_policy_is_refused_by_the_name_it_was_given_under():
     check_policy("skip")
     with pytest.raises(ArgumentError, match="--bad-rows: got 'drop'"):
         check_policy("drop", "--bad-rows")
+
+
+def test_every_line_is_an_object_or_is_told():
+    told = []
+    lines = [b'\xef\xbb\xbf{"a": 1}', b"", b"\xff", b"[1]", b"{", b"[" * 100_000, b' {"a": 2}\r\n']
+    found = list(json_objects(lines, lambda number, why: told.append((number, why))))
+    assert found == [(1, {"a": 1}), (7, {"a": 2})]
+    assert [number for number, _ in told] == [3, 4, 5, 6]
+    assert "byte 0" in told[0][1]
+    assert "a JSON list" in told[1][1]
+
+
+def test_lines_are_read_one_at_a_time():
+    def lines():
+        yield '{"a": 1}'
+        raise AssertionError("read ahead")
+
+    assert next(json_objects(lines(), lambda *_: None)) == (1, {"a": 1})
+
+
+def test_an_account_refuses_or_lists():
+    account = Account("skip")
+    account.bad("a:3", "broken.")
+    assert account.skipped == ["a:3: broken."]
+    with pytest.raises(ArgumentError, match=r"a:3: broken\. Mend it"):
+        Account("refuse").bad("a:3", "broken.")
+    with pytest.raises(ArgumentError, match="bad_rows"):
+        Account("drop")

@@ -88,6 +88,34 @@ def test_work_in_many_steps_is_the_same(monkeypatch):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 
 
+def test_heads_that_read_the_same_keys_share_one_copy(monkeypatch):
+    """Six query heads on two key heads: two items, of three heads' rows each, without a mask where nothing hides."""
+    query, key, value, _ = tensors(4, 1, 2, 3, 1, 20)
+    index = torch.tensor([[0, 4, 5, 19], [2, 3, 11, 12]]).view(1, 2, 1, 4)
+    seen = []
+    plain = gathered.fused_attention
+    monkeypatch.setattr(
+        gathered,
+        "fused_attention",
+        lambda q, k, v, **o: seen.append((q.shape, k.shape, o["mask"])) or plain(q, k, v, **o),
+    )
+    got, _ = gathered_attention(query, key, value, index, query_block=1)
+    assert seen == [((2, 1, 3, 8), (2, 1, 4, 8), None)]
+    chosen = torch.zeros(1, 6, 1, 20, dtype=torch.bool).scatter_(3, index.repeat_interleave(3, 1), True)
+    torch.testing.assert_close(got, dense_attention(query, key, value, mask=chosen)[0], atol=2e-5, rtol=0)
+
+
+def test_lists_in_order_are_left_as_they_are():
+    index = torch.tensor([[[[1, 4, 9, 7, 7]]]])
+    valid = torch.tensor([[[[True, True, True, False, False]]]])
+    ordered, real = unique_keys(index, valid, 10)
+    assert ordered[real].tolist() == [1, 4, 9]
+    assert torch.equal(real, valid)
+    for broken in ([1, 4, 4, 9], [4, 1, 9, 9]):
+        ordered, real = unique_keys(torch.tensor(broken).view(1, 1, 1, -1), None, 10)
+        assert ordered[real].tolist() == [1, 4, 9]
+
+
 def test_keys_that_no_list_names_are_never_read():
     query, key, value, _ = tensors(1, 1, 2, 2, 12, 30)
     index = torch.tensor([0, 3, 3, 17, 29]).expand(1, 1, 3, 5)

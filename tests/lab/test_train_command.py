@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import headway
@@ -115,6 +116,29 @@ def test_images_are_classified(tmp_path, monkeypatch):
     assert facts["images"] == 4 * 8
     assert facts["chance"] == pytest.approx(1 / 3)
     assert 0 <= facts["validation_accuracy"] <= 1
+
+
+def test_an_image_classifier_comes_back_with_what_prepares_its_images(tmp_path, monkeypatch):
+    """A grey picture through the saved processor is the pixels that the model was trained on, at any size of it; the
+    door observes it, and a look, which reads texts, says that it cannot."""
+    levels = torch.randint(0, 256, (60, 1, 4, 6), generator=torch.Generator().manual_seed(0))
+    made = Images(name="made", source="here", pixels=levels / 255, labels=torch.arange(60) % 3, classes=3)
+    monkeypatch.setattr(images, "load_images", lambda name: made)
+    out = tmp_path / "run"
+    call("train", "vit", "--patch", 2, "--width", 16, "--heads", 2, "--batch", 8, "--steps", 4, "--out", out, "--json")
+    model, processor = headway.load(out)
+    picture = Image.fromarray(levels[7, 0].numpy().astype("uint8"))
+    prepared = processor(picture, return_tensors="pt")
+    torch.testing.assert_close(prepared["pixel_values"], made.pixels[7:8], rtol=0, atol=1e-6)
+    assert processor(picture.resize((60, 40)), return_tensors="pt")["pixel_values"].shape == (1, 1, 4, 6)
+    with torch.no_grad(), headway.capture(model, what=("weights",)) as captured:
+        assert model(**prepared).logits.shape == (1, 3)
+    found = captured.result()
+    assert len(list(found)) == model.config.layers
+    for site in found:
+        torch.testing.assert_close(found.calls(site)[0]["weights"].sum(-1), torch.ones(1, 2, 6))
+    with pytest.raises(ArgumentError, match="does not read text; choose a text model"):
+        call("look", out, "--out", tmp_path / "look")
 
 
 @pytest.mark.parametrize(

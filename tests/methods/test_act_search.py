@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ from tests.door.hosts import CAUSAL
 import headway
 from headway.door.blocks import block_forms, recorded_inputs, starting_at
 from headway.errors import ArgumentError, ConflictError
-from headway.methods.sinks.act import ACT, profits, search_heads, split_items, warn_if_same
+from headway.methods.sinks.act import (
+    ACT,
+    join_searches,
+    judge_heads,
+    profits,
+    search_heads,
+    split_items,
+    warn_if_same,
+)
 from headway.methods.sinks.act.scoring import ChoiceScore, HiddenSinks
 from headway.methods.sinks.streaming_llm import StreamingLLM
 from headway.tasks.answering import copy_cache
@@ -111,6 +120,60 @@ def test_judging_on_what_was_searched_on_is_warned_of(caplog):
         assert not caplog.text
         assert warn_if_same([1, 2], [2, 3]) == 1
     assert "held-out part" in caplog.text
+
+
+def test_a_report_on_questions_of_the_search_is_warned_of(caplog):
+    """The one whose items overlap warns with their number; the gain is that of the selected heads together."""
+    effects = {(0, 0): {"a": 0.2}, (0, 1): {"a": 0.1}, (1, 0): {"a": -0.3}}
+
+    class Items:
+        def __init__(self, items):
+            self.items = items
+            self.run = scores_of(effects)
+
+        def __call__(self, stage):
+            return self.run(stage)
+
+    found = search_heads(Items(("q1", "q2", "q3")), list(effects))
+    assert found.items == ("q1", "q2", "q3")
+    with caplog.at_level(logging.WARNING):
+        assert judge_heads(found, Items(("q4", "q5"))) == pytest.approx({"a": 0.3})
+        assert not caplog.text
+        assert judge_heads(found, Items(("q2", "q3", "q4"))) == pytest.approx({"a": 0.3})
+    assert "2 evaluation items were used in the head search" in caplog.text
+    with pytest.raises(ArgumentError, match="selected no head"):
+        judge_heads(search_heads(Items(()), [(1, 0)]), Items(("q4",)))
+
+
+def test_a_score_of_questions_tells_them_so_that_the_same_ones_are_noticed(caplog):
+    model, questions = CAUSAL["llama"](), make_questions("place", 4)
+    score = ChoiceScore(model, Words(), questions[:2])
+    found = search_heads(score, [(0, 1), (1, 2), (2, 0)], beta=0.0, **LOW)
+    assert found.items == tuple(questions[:2])
+    found = replace(found, selected=((1, 2),))
+    with caplog.at_level(logging.WARNING):
+        apart = judge_heads(found, ChoiceScore(model, Words(), questions[2:]), beta=0.0, **LOW)
+        assert not caplog.text
+        same = judge_heads(found, score, beta=0.0, **LOW)
+    assert "2 evaluation items" in caplog.text
+    assert same == pytest.approx(found.gains[1, 2], abs=1e-6)
+    assert apart != same
+
+
+def test_searches_over_parts_of_the_heads_join_to_the_whole_search():
+    effects = {(0, 0): {"a": 0.2, "b": 0.2}, (0, 1): {"a": 0.3, "b": -0.1}, (1, 0): {"a": -0.2, "b": -0.2}}
+    score = scores_of(effects)
+    parts = [search_heads(score, [head]) for head in ((0, 1), (1, 0), (0, 0))]
+    whole = search_heads(score, list(effects))
+    assert join_searches(parts) == whole
+    assert join_searches(parts, top_k=1).selected == ((0, 0),)
+    with pytest.raises(ArgumentError, match="parts: got 2 heads with 1"):
+        join_searches([parts[0], parts[0]])
+    with pytest.raises(ArgumentError, match="parts: got 0"):
+        join_searches([])
+    other = replace(parts[1], baseline={"a": 0.4, "b": 0.5})
+    with pytest.raises(ArgumentError, match="baselines"):
+        join_searches([parts[0], other])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2 soft cap"])

@@ -233,3 +233,10 @@ def test_bad_groups_and_lists_are_refused():
         retrieval_skews(torch.eye(3), {"p": torch.ones(3)}, {"a": [0], "b": [1, 2]}, top=9)
     with pytest.raises(ArgumentError, match="prompts: got none"):
         retrieval_skews(torch.eye(3), {}, {"a": [0], "b": [1, 2]}, top=1)
+
+
+def test_five_identical_texts_score_five():
+    found = head(["red paint"] * 5)
+    assert (found.score, found.kind, found.concept) == (5, "high", "colour")
+    unknown = head(["something"] * 5)
+    assert (unknown.score, unknown.abstentions) == (0, 5), "nobody knows the text, so nobody may say that it fits"

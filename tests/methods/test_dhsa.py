@@ -25,6 +25,7 @@ from headway.methods.long_context.dhsa import (
     Predicted,
     Similarity,
     at_budget,
+    choose_for_row,
     choose_tokens,
     chunks_of,
     key_lists,
@@ -114,6 +115,14 @@ class TestChunks:
         assert torch.equal(chunks.counts, whole.counts)
         assert torch.equal(chunks.ends, whole.ends)
 
+    @pytest.mark.parametrize("norm", ["sqrt", "mean", "sum"])
+    def test_scores_are_those_of_the_vectors(self, norm):
+        key, query = torch.randn(2, 2, 30, 4), torch.randn(2, 2, 3, 4)
+        starts = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) < 0.3
+        chunks = chunks_of(key, torch.ones(2, 30, dtype=torch.bool), starts).opened()
+        expected = query @ chunks.vectors(norm).transpose(-1, -2)
+        torch.testing.assert_close(chunks.scores(query, norm), expected, atol=1e-5, rtol=1e-4)
+
     def test_an_unknown_norm_is_named(self):
         with pytest.raises(ArgumentError, match="norm: got 'root'"):
             normalised(torch.zeros(1, 1, 1, 1), torch.ones(1, 1).long(), "root")
@@ -137,6 +146,35 @@ class TestChoice:
         assert bool((fast.sum(-1) <= max(budget, 0)).all())
         assert not bool((fast & ~allowed[:, None]).any())
         assert bool((fast | ~(forced & allowed)[:, None]).all())
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(6, 40), st.integers(1, 8), st.integers(0, 3), st.integers(1, 3), st.integers(0, 5),
+        st.integers(0, 10_000),
+    )  # fmt: skip
+    def test_ranges_for_one_row_equal_sorting_tokens(self, tokens, chunks, early, local, hidden, seed):
+        """Also with equal scores, empty chunks, keys hidden in front and chunks behind which nothing is free."""
+        generator = torch.Generator().manual_seed(seed)
+        ends = torch.randint(-3, tokens + 1, (2, chunks), generator=generator).sort(-1).values
+        ends[:, -1] = tokens
+        member = torch.searchsorted(ends, torch.arange(tokens).expand(2, -1).contiguous(), right=True)
+        first = torch.tensor([min(hidden, tokens - early - local), 0])
+        scores = torch.randint(4, (2, 3, chunks), generator=generator).float()
+        at = torch.arange(tokens)
+        allowed = (at >= first[:, None])[:, None]
+        forced = allowed & ((at < first[:, None] + early)[:, None] | (at >= tokens - local))
+        budget = min(early + local + seed % 7, tokens - int(first.max()))
+        wanted = choose_tokens(scores[:, :, None], member, allowed, forced, budget, mode="reference")
+        index = choose_for_row(scores, ends, first, tokens - 1, early=early, local=local, budget=budget)
+        assert bool((index.diff(dim=-1) > 0).all())
+        got = torch.zeros(2, 3, tokens, dtype=torch.bool).scatter_(2, index, True)
+        assert torch.equal(got, wanted[:, :, 0])
+
+    def test_a_row_that_sees_less_than_the_budget_is_refused(self):
+        with pytest.raises(ArgumentError, match="budget: got 6 keys for rows that see 5 and always read 2"):
+            choose_for_row(torch.zeros(1, 1, 1), torch.tensor([[8]]), torch.tensor([3]), 7, early=1, local=1, budget=6)
+        with pytest.raises(ArgumentError, match="budget: got 3"):
+            choose_for_row(torch.zeros(1, 1, 1), torch.tensor([[8]]), torch.tensor([0]), 7, early=2, local=2, budget=3)
 
     def test_of_equal_scores_the_later_key_is_kept(self):
         every, none = torch.ones(1, 1, 6, dtype=torch.bool), torch.zeros(1, 1, 6, dtype=torch.bool)
@@ -370,6 +408,34 @@ class TestRequests:
             steps(host, ids_of(170), 160)
         assert seen == [160] * host.config.num_hidden_layers
 
+    @pytest.mark.parametrize("case", ["plain", "left padding", "a gap", "a window", "a window and padding"])
+    def test_a_step_chooses_what_sorting_all_tokens_chooses(self, case, monkeypatch):
+        """Ranges of chunks where what is seen is one run of tokens, token by token where padding lies between."""
+        import headway.methods.long_context.dhsa.selector as selector
+
+        call = call_of(200, batch=2)
+        padding = torch.ones(2, 200, dtype=torch.bool)
+        if "padding" in case:
+            padding[1, :70] = False
+        if case == "a gap":
+            padding[1, 90:97] = False
+        window = 120 if "window" in case else None
+        call = call.replace(site=call.site.__class__(**(vars(call.site) | {"window": window})))
+        stage, chosen, ranged = DHSA(**SMALL), [], []
+        plain = selector.choose_for_row
+        monkeypatch.setattr(selector, "choose_for_row", lambda *a, **o: ranged.append(1) or plain(*a, **o))
+        for slow in (False, True):
+            forward = Forward(padding=padding)
+            whole = call.replace(forward=forward)
+            names = ("query", "key", "value")
+            stage.select(whole.replace(**{n: getattr(whole, n)[:, :, :199] for n in names}))
+            if slow:
+                monkeypatch.setattr(DHSA, "_first_seen", lambda *_: None)
+            picked = stage.select(whole.replace(query=whole.query[:, :, 199:], causal=False))
+            chosen.append(picked.to_bool(1, 200))
+        assert torch.equal(*chosen)
+        assert len(ranged) == (case != "a gap")
+
     def test_a_step_reads_fewer_keys(self, host):
         with headway.use(host, DHSA(**SMALL)) as handle:
             _, cache = steps(host, ids_of(160), 160)
@@ -414,6 +480,17 @@ class TestRequests:
             _, cache = steps(host, ids_of(152), 150)
             with pytest.raises(ArgumentError, match="take back"):
                 cache.crop(-2)
+
+    def test_assisted_decoding_is_refused_before_a_draft_is_read(self, host):
+        """Drafts would be cut into chunks with the prompt, and cannot be taken back."""
+        ids = ids_of(50).repeat(1, 3)
+        options = {"max_new_tokens": 4, "do_sample": False}
+        for stage in (DHSA(**SMALL), DHSA(decode="dense", **SMALL)):
+            with headway.use(host, stage):
+                plain = host.generate(ids, **options)
+                with pytest.raises(ConflictError, match="assisted decoding beside DHSA"):
+                    host.generate(ids, prompt_lookup_num_tokens=3, **options)
+                assert host.generate(ids, **options).tolist() == plain.tolist()
 
     def test_a_request_that_began_without_the_stage_is_read_once_and_goes_on(self, host):
         _, cache = steps(host, ids_of(150), 150)
@@ -532,7 +609,7 @@ class TestRequests:
                 forward=forward,
             )
             selection = stage.select(step)
-            chosen.append((selection.index + dropped)[selection.valid].tolist())
+            chosen.append((selection.index + dropped).flatten().tolist())
         assert chosen[0] == chosen[1]
         assert min(chosen[0]) >= 120
         assert len(chosen[0]) == 2 * 48
@@ -646,7 +723,9 @@ class TestBudget:
         found = fidelity(call, stage.select(call.replace(forward=state)), rows=torch.arange(0, tokens, 7))
         assert found.density == pytest.approx(share, abs=0.02 + 0.1 * share)
         step = call.replace(query=call.query[:, :, -1:], causal=False, forward=Forward())
-        assert float(stage.select(step).valid.sum(-1).float().mean()) == pytest.approx(share * tokens, abs=1)
+        assert float(stage.select(step).to_bool(1, tokens).sum(-1).float().mean()) == pytest.approx(
+            share * tokens, abs=1
+        )
 
     def test_one_is_dense_at_any_length(self):
         (stage,) = at_budget(1, tokens=100, model=None)

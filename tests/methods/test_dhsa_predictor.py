@@ -70,6 +70,23 @@ class TestForm:
             touched = (predictor(changed) - here).abs()[0] > 1e-6
         assert touched.nonzero()[:, 0].tolist() == list(range(26, 34))
 
+    @pytest.mark.parametrize("pool", ["mean", "gated"])
+    def test_projecting_a_token_once_is_attention_in_every_window(self, pool):
+        """Logits and gradients against the module run on each window of keys for itself."""
+        predictor, keys = BoundaryPredictor(16, heads=4, pool=pool), torch.randn(1, 21, 16, requires_grad=True)
+        torch.nn.init.normal_(predictor.mixer.in_proj_bias)
+        logits = predictor(keys)
+        padded = torch.nn.functional.pad(keys, (0, 0, 3, 4))[0]
+        for gap in range(21):
+            window = padded[None, gap : gap + 8]
+            mixed = predictor.norm(predictor.mixer(window, window, window, need_weights=False)[0])
+            left, right = (predictor._pooled(half)[0] for half in mixed.split(4, 1))
+            alike = torch.cosine_similarity(left, right, dim=0)[None]
+            features = torch.cat([left, right, (left - right).abs(), left * right, alike])
+            torch.testing.assert_close(logits[0, gap], predictor.head(features)[0], atol=1e-5, rtol=1e-4)
+        logits.sum().backward()
+        assert all(float(p.grad.abs().sum()) > 0 for p in predictor.mixer.parameters())
+
     def test_gaps_at_a_time_change_nothing(self, monkeypatch):
         predictor, keys = BoundaryPredictor(16, heads=4).eval(), torch.randn(1, 60, 16)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -16,7 +17,7 @@ import headway
 from headway.door import AttentionCall, BlockMask
 from headway.door.call import Forward
 from headway.door.execute import Executed, execute
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, ConflictError
 from headway.kernels.pooling import (
     block_means,
     block_sums,
@@ -471,6 +472,33 @@ def test_generation_and_beams_work_with_a_sparse_prefill(name):
     assert int(out[0, 24]) == int(first) or int(first) == 2
     if "sliding" not in name:
         assert "blocks" in {p for row in handle.report() for p in row["paths"]}
+
+
+@pytest.mark.parametrize("chunks", ["raise", "dense"])
+def test_assisted_decoding_is_refused_however_it_is_asked_for(chunks):
+    """Drafts come with the prompt in one forward and move the probe: the text would not be that of greedy decoding."""
+    model = decoder("Llama")
+    ids = contract.tokens(1, 8).repeat(1, 3)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    config = copy.deepcopy(model.generation_config)
+    config.prompt_lookup_num_tokens = 3
+    with headway.use(model, flex(gamma=0.5, chunks=chunks)):
+        plain = model.generate(ids, **options)
+        for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}, {"generation_config": config}):
+            with pytest.raises(ConflictError, match=r"assisted decoding beside FlexPrefill.*without assisted decoding"):
+                model.generate(ids, **how, **options)
+        assert model.generate(ids, **options).tolist() == plain.tolist()
+    assert "generate" not in vars(model)
+    native = model.generate(ids, **options).tolist()
+    assert model.generate(ids, prompt_lookup_num_tokens=3, **options).tolist() == native
+
+
+def test_drafts_would_change_what_a_prompt_reads():
+    """Why they are refused: the same prompt with three tokens behind it reads other blocks."""
+    call = make_call(64)
+    shorter = call.replace(**{n: getattr(call, n)[:, :, :60] for n in ("query", "key", "value")})
+    whole, prompt = (flex(gamma=0.5).blocks_of(c).mask.blocks for c in (call, shorter))
+    assert not torch.equal(whole[:, :, :15, :15], prompt)
 
 
 def test_an_encoder_is_left_alone_and_a_position_bias_is_refused():

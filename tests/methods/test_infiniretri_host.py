@@ -470,6 +470,21 @@ def test_every_kind_of_generation_has_the_whole_prompt_in_front(options, rows):
     assert sequences.shape == (rows, ids.shape[1] + 5)
 
 
+@pytest.mark.parametrize(
+    "guesses", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": planted_host(seed=1)[0]}], ids=["lookup", "draft"]
+)
+def test_assisted_decoding_gives_the_greedy_answer(guesses):
+    """Guesses are made for the shorter prompt, so that they are checked on what was kept."""
+    hidden = planted(tokens=1000, seed=11)
+    ids = prompt_of(hidden)
+    with headway.use(MODEL, driver(hidden)):
+        want = MODEL.generate(ids, **GREEDY)
+        with Counting(MODEL) as count:
+            got = MODEL.generate(ids, **GREEDY, **guesses)
+    assert got.tolist() == want.tolist()
+    assert max(count.lengths) < 256 < ids.shape[1]
+
+
 @pytest.mark.parametrize("by", ["keyword", "config"])
 def test_total_lengths_count_the_whole_prompt(by):
     hidden = planted()

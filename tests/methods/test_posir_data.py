@@ -233,7 +233,7 @@ def field(**changes):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("queries", lambda line: b"{", "invalid JSON"),
+        ("queries", lambda line: b"{", "no JSON"),
         ("queries", lambda line: b"[1]", "expected an object"),
         ("queries", lambda line: line[:-3] + b"\xff\xfe}", "UTF-8"),
         ("queries", field(text="gone"), "expected _id and text"),

@@ -156,7 +156,7 @@ def test_parts_of_other_texts_encoders_and_sides_are_not_taken(tmp_path):
 
 def test_a_broken_part_is_made_again(tmp_path):
     encoded(encoder(Counting()), ["one", "two"], folder=tmp_path)
-    (path,) = tmp_path.rglob("*.npy")
+    (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:40])
     function = Counting()
     assert encoded(encoder(function), ["one", "two"], folder=tmp_path).shape == (2, 3)

@@ -13,6 +13,7 @@ from tests.door.hosts import CAUSAL, OTHERS, decoder
 
 import headway
 from headway.door import AttentionCall, BlockMask
+from headway.door.call import Forward
 from headway.errors import ArgumentError, NumericError
 from headway.kernels.block_sparse import block_sparse_attention
 from headway.methods.long_context.power_attention import (
@@ -202,6 +203,48 @@ def test_padding_and_ragged_chunks_still_run_by_blocks_and_read_what_the_mask_sa
         torch.testing.assert_close(got[row, pad:], alone[0], atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("sink", [0, 1, 3])
+@pytest.mark.parametrize(("start", "queries"), [(0, 24), (8, 16), (9, 15), (21, 3), (23, 1), (13, 4)])
+@pytest.mark.parametrize("pad", [0, 3])
+def test_a_chunk_anywhere_reads_what_the_mask_says_row_by_row(sink, start, queries, pad):
+    """Prefill, chunks and decoding, at a block's edge or not: every row reads the keys of its own position."""
+    method = small(sink=sink)
+    generator = torch.Generator().manual_seed(0)
+    keys = start + queries
+    query = torch.randn(1, 2, queries, 8, generator=generator)
+    key = torch.randn(1, 2, keys, 8, generator=generator)
+    padding = torch.arange(keys)[None] >= pad
+    call = AttentionCall.from_tensors(query, key, key, causal=True, forward=Forward(padding=padding))
+    chosen = method.select(call).to_bool(queries, keys, torch.device("cpu"))[0, 0]
+    chosen = chosen & (torch.arange(keys) <= torch.arange(start, keys)[:, None])
+    for row in range(queries):
+        at = start + row - pad
+        want = [at + pad] if at < 0 else [int(k) + pad for k in method.keys_read(at)]
+        assert chosen[row].nonzero()[:, 0].tolist() == want, (row, at)
+    assert queries < 3 or not bool(chosen.all())
+
+
+@pytest.mark.parametrize("pads", [None, [3]])
+@pytest.mark.parametrize("draft", ["lookup", "its own layers", "another model"])
+def test_assisted_decoding_gives_the_greedy_text(pads, draft):
+    """Guesses are checked in one forward, whose rows read what each of them would read alone."""
+    model, ids = decoder("Llama"), contract.tokens(1, 6).repeat(1, 4)
+    mask = None
+    if pads:
+        ids, mask = contract.padded_left(ids, pads)
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    guesses = {
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "its own layers": {"assistant_model": decoder("Llama")},
+        "another model": {"assistant_model": decoder("Llama", num_hidden_layers=1)},
+    }[draft]
+    with headway.use(model, small()):
+        want = model.generate(ids, **options)
+        got = model.generate(ids, **guesses, **options)
+    assert got.tolist() == want.tolist()
+    assert want.tolist() != model.generate(ids, **options).tolist()
+
+
 @pytest.mark.parametrize("pads", [[0, 0], [0, 5]])
 @pytest.mark.parametrize("name", ["llama", "llama eager", "gpt2"])
 def test_a_static_cache_gives_what_a_growing_one_gives(name, pads):
@@ -303,6 +346,9 @@ def test_every_form_of_the_executor_gives_the_same_output_and_gradients(form):
     torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, wanted_lse, atol=1e-5, rtol=1e-5)
     if form == "flex":
+        # FlexAttention has no backward pass on the CPU; the executor says so before torch does.
+        with pytest.raises(ArgumentError, match="form: got 'flex' with gradients on the CPU"):
+            block_sparse_attention(query.clone().requires_grad_(), key, value, mask, form=form, **common)
         return
     grads = []
     for kind in ("masked", form):

@@ -12,6 +12,7 @@ from tests.door.hosts import CAUSAL, decoder, t5, whisper
 import headway
 from headway.door import AttentionCall
 from headway.door.call import Forward
+from headway.door.execute import execute_parts
 from headway.errors import ArgumentError, ConflictError, HostError
 from headway.hosts.tiny import tiny_host
 from headway.methods.long_context import recycled_attention as method
@@ -176,6 +177,29 @@ class Counting(RecycledAttention):
         parts = super().read(call)
         call.forward.cache.__dict__.setdefault("reads", []).extend(part.keys for part in parts or ())
         return parts
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1.0, 0.0, 2.0])}])
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_full_step_reads_keys_once_for_its_output_and_its_choice(options, hidden):
+    """Output, log-sum-exp and scores are those of the reference and of `key_scores` by themselves."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 1, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 30, 8, generator=generator) for _ in range(2))
+    mask = (torch.arange(30) >= torch.tensor([0, hidden])[:, None])[:, None, None]
+    call = AttentionCall.from_tensors(query, key, value, mask=mask, **options)
+    policy = RecycledAttention(budget=6, stride=3)
+    layer = method.store.RecycledLayer(6)
+    layer.update(key, value)
+    done = execute_parts(call, [policy._choosing(call, call, layer)], [], "", 0.0)
+    output, lse = call.attend()
+    torch.testing.assert_close(done.output, output, atol=1e-5, rtol=0)
+    torch.testing.assert_close(done.lse, lse, atol=1e-5, rtol=0)
+    scores = method.key_scores(method.selection.log_weights(call, 0), 2)
+    chosen = method.top_keys(scores, 6)
+    assert layer.small.positions.tolist() == chosen.tolist()
+    torch.testing.assert_close(layer.score, scores.gather(2, chosen), atol=1e-5, rtol=0)
+    assert int(chosen[1].min()) >= hidden
 
 
 def test_a_step_reads_the_budget_and_a_full_one_everything():
@@ -444,11 +468,53 @@ def test_assisted_decoding_gives_the_greedy_answer_where_everything_is_kept():
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         want = model.generate(ids, **options)
-        with headway.use(model, RecycledAttention(budget=60, stride=4)):
-            got = model.generate(ids, prompt_lookup_num_tokens=3, **options)
-        with headway.use(model, small()):
-            model.generate(ids, prompt_lookup_num_tokens=3, **options)
-    assert got.tolist() == want.tolist()
+        for policy in (RecycledAttention(budget=60, stride=4), RecycledAttention(budget=5, stride=1)):
+            for guesses in (
+                {"prompt_lookup_num_tokens": 3},
+                {"assistant_model": decoder("Llama", num_hidden_layers=1)},
+            ):
+                with headway.use(model, policy):
+                    got = model.generate(ids, **guesses, **options)
+                assert got.tolist() == want.tolist(), (policy, guesses)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_assisted_decoding_is_refused_under_a_budget_that_does_not_hold_everything(schedule):
+    """Guesses are checked by a dense forward: the text would be neither the method's nor dense attention's."""
+    contract.check_refuses_assisted_decoding(decoder("Llama"), lambda: small(schedule))
+
+
+def test_assisted_decoding_is_refused_though_every_guess_is_right():
+    """A draft of the model itself guesses what dense attention says, so nothing would ever be taken back."""
+    model, ids = decoder("Llama"), contract.tokens(1, 24)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with headway.use(model, small()), pytest.raises(ArgumentError, match=r"take back 0 of the .* one forward"):
+        model.generate(ids, assistant_model=decoder("Llama"), **options)
+
+
+def test_assisted_decoding_is_refused_when_the_text_outgrows_the_budget():
+    model, ids = decoder("Llama"), contract.tokens(1, 6).repeat(1, 3)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+    policy = RecycledAttention(budget=26, stride=4)
+    with torch.no_grad(), headway.use(model, policy):
+        short = model.generate(ids, max_new_tokens=4, **options)
+        assert short.tolist() == model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
+        with pytest.raises(ArgumentError, match="more than 26 tokens"):
+            model.generate(ids, max_new_tokens=30, **options)
+
+
+def test_whole_forwards_and_single_steps_can_be_taken_back_under_a_small_budget():
+    model, ids = decoder("Llama"), contract.tokens(1, 30)
+    with headway.use(model, small()), torch.no_grad():
+        cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+        with pytest.raises(ArgumentError, match="take back 3 of the 20 tokens"):
+            cache.crop(-3)
+        assert cache.get_seq_length() == 20
+        model(input_ids=ids[:, 20:25], past_key_values=cache)
+        cache.crop(-5)
+        model(input_ids=ids[:, 20:21], past_key_values=cache)
+        cache.crop(-1)
+        assert cache.get_seq_length() == 20
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -104,16 +104,24 @@ def test_a_head_that_turns_to_the_clause_in_conflict_ranks_first(model, layer, h
     assert dla.focal_heads(found.scores(), share=0.1) == [(layer, head)]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_matter(model, side):
+@pytest.mark.parametrize("sides", [("left", "left"), ("right", "right"), ("left", "right")])
+def test_a_padded_pair_has_the_drift_of_the_bare_one(model, sides):
     one = pair()
-    pad, real = torch.zeros(4, dtype=torch.long), torch.ones(LENGTH, dtype=torch.bool)
-    order = [pad, one.neutral] if side == "left" else [one.neutral, pad]
-    mask = [torch.zeros(4).bool(), real] if side == "left" else [real, torch.zeros(4).bool()]
-    bare = dla.unpadded(torch.cat(order), torch.cat(mask))
-    assert torch.equal(bare, one.neutral)
-    found = dla.attention_drift(model, [replace(one, neutral=bare)])
-    np.testing.assert_array_equal(found.direction, dla.attention_drift(model, [one]).direction)
+    made, masks = [], []
+    for ids, side, width in zip((one.neutral, one.conflict), sides, (4, 7), strict=True):
+        pad, real = torch.zeros(width, dtype=torch.long), torch.ones(ids.numel(), dtype=torch.bool)
+        left = side == "left"
+        made.append(torch.cat([pad, ids] if left else [ids, pad]))
+        masks.append(torch.cat([~real.new_ones(width), real] if left else [real, ~real.new_ones(width)]))
+    bare = [dla.unpadded(ids, mask) for ids, mask in zip(made, masks, strict=True)]
+    assert torch.equal(bare[0], one.neutral)
+    assert torch.equal(bare[1], one.conflict)
+    found = dla.attention_drift(model, [replace(one, neutral=bare[0], conflict=bare[1])])
+    plain = dla.attention_drift(model, [one])
+    assert plain.scores().max() > 0
+    for part in ("magnitude", "direction", "distribution"):
+        np.testing.assert_array_equal(found.part(part), plain.part(part))
+    np.testing.assert_array_equal(found.scores(), plain.scores())
 
 
 @pytest.mark.parametrize("mask", [[1, 0, 1], [0, 0, 0]])

@@ -15,6 +15,7 @@ from headway.errors import ArgumentError
 from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis import diagnose_localize_align as dla
 from headway.methods.diagnosis.diagnose_localize_align.judges import read_marks
+from headway.parts import Parts
 
 RUBRIC = dla.shipped_rubrics()["assistant"]
 GOOD = {name: {"score": 4.5, "justification": "fine"} for name in dla.DIMENSIONS}
@@ -234,7 +235,6 @@ def test_what_a_conflict_costs_is_taken_over_the_same_queries():
 
 
 def test_marks_are_kept_and_no_turn_is_marked_twice(tmp_path, caplog):
-    path = tmp_path / "marks" / "kept.jsonl"
     turns = [turn(f"reply {i}", index=i) for i in range(4)]
     ask, asked = answers(json.dumps(GOOD))
     judge = dla.TextJudge(ask, name="served")
@@ -244,16 +244,17 @@ def test_marks_are_kept_and_no_turn_is_marked_twice(tmp_path, caplog):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dla.score_turns(turns, judge, path=path, progress=stop)
-    path.write_bytes(path.read_bytes() + b'{"conversation": "q", "ind')
-    found = dla.score_turns(turns, judge, path=path)
-    assert len(asked) == 4
-    assert "cut off" in caplog.text
-    assert dla.score_turns(turns, judge, path=path) == found
-    assert len(asked) == 4
+        dla.score_turns(turns, judge, kept=Parts(tmp_path), progress=stop)
+    first = next(iter(tmp_path.iterdir()))
+    first.write_bytes(first.read_bytes()[:-9])
+    found = dla.score_turns(turns, judge, kept=Parts(tmp_path))
+    assert len(asked) == 4 + 1
+    assert first.name in caplog.text
+    assert dla.score_turns(turns, judge, kept=Parts(tmp_path)) == found
+    assert len(asked) == 5
     assert len({one.key for one in found}) == 4
-    dla.score_turns(turns, dla.TextJudge(ask, name="other"), path=path)
-    assert len(asked) == 8
+    dla.score_turns(turns, dla.TextJudge(ask, name="other"), kept=Parts(tmp_path))
+    assert len(asked) == 9
 
 
 def test_turns_that_differ_in_their_condition_alone_are_two():

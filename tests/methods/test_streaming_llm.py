@@ -20,11 +20,10 @@ from headway.methods.sinks.streaming_llm import (
     ZeroSink,
     add_sink_token,
     at_budget,
-    recompute_perplexity,
     streaming_perplexity,
     with_sink,
 )
-from headway.tasks.perplexity import perplexity
+from headway.tasks.perplexity import perplexity, recompute_perplexity
 
 HOSTS = {
     "llama": CAUSAL["llama"],
@@ -262,8 +261,32 @@ def test_recomputation_reads_every_window_afresh():
     with torch.no_grad():
         logits = model(input_ids=ids[:, 17:29]).logits[0, -1]
     assert float(found[1]) == pytest.approx(float(-logits.log_softmax(-1)[ids[0, 29]]), abs=1e-5)
-    with pytest.raises(ArgumentError, match="windows of 12 in 30 tokens"):
+    with pytest.raises(ArgumentError, match="windows of 12 and runs of 1 in 30 tokens"):
         recompute_perplexity(model, ids, [11], length=12)
+
+
+def test_a_run_shares_a_reading_and_its_contexts_begin_at_one_token():
+    """Runs of one are single windows; in a run of four the contexts are two shorter to one longer than asked for."""
+    model = decoder("Llama")
+    ids = contract.tokens(1, 40)
+    single = torch.cat([recompute_perplexity(model, ids, [20 + i], length=10 + i) for i in range(4)])
+    run = recompute_perplexity(model, ids, [20, 30], length=12, run=4, batch=3)
+    torch.testing.assert_close(run[:4], single, atol=1e-5, rtol=0)
+    assert run.shape == (8,)
+    assert not torch.allclose(run[:4], recompute_perplexity(model, ids, range(20, 24), length=12), atol=1e-3)
+    for places, options in (([37], {"run": 4}), ([9], {"run": 4}), ([20], {"run": 0}), ([20], {"run": 24})):
+        with pytest.raises(ArgumentError, match="windows of 12 and runs of"):
+            recompute_perplexity(model, ids, places, length=12, **options)
+
+
+def test_windows_read_afresh_can_begin_with_a_token_of_the_models_own():
+    model = decoder("Llama")
+    ids = contract.tokens(1, 40)
+    front = torch.tensor([1])
+    found = recompute_perplexity(model, ids, [20], length=9, front=front)
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([front[None], ids[:, 12:20]], 1)).logits[0, -1]
+    assert float(found[0]) == pytest.approx(float(-logits.log_softmax(-1)[ids[0, 20]]), abs=1e-5)
 
 
 def test_a_sink_token_is_one_more_row_that_training_moves(tmp_path):

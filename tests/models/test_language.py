@@ -177,3 +177,40 @@ class TestBadInput:
     def test_ids_and_embeddings_exclude_each_other(self):
         with pytest.raises(ArgumentError, match="inputs_embeds"):
             model_of("softmax")()
+
+
+@torch.no_grad()
+class TestOutputAttentions:
+    @pytest.mark.parametrize("mixer", ["softmax", "lightning", "diffqkv"])
+    def test_they_are_the_weights_that_the_door_reads_and_the_logits_stay(self, mixer, caplog):
+        model, ids = model_of(mixer), tokens(2, 9)
+        plain = model(ids)
+        assert plain.attentions is None
+        found = model(ids, output_attentions=True)
+        assert "tokens²" in caplog.text
+        torch.testing.assert_close(found.logits, plain.logits, rtol=1e-4, atol=1e-5)
+        with headway.capture(model, what=("weights",)) as captured:
+            model(ids)
+        assert len(found.attentions) == 2
+        for layer, weights in enumerate(found.attentions):
+            assert weights.shape == (2, 4, 9, 9)
+            assert not weights.triu(1).any()
+            assert torch.equal(weights, captured.result()[layer]["weights"])
+        assert model(ids).attentions is None
+
+    def test_weights_of_padding_are_zero(self):
+        model, ids = model_of("softmax"), tokens(2, 9)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        found = model(ids, attention_mask=mask, output_attentions=True).attentions
+        assert not found[0][0, :, 3:, :3].any()
+        alone = model(ids[:1, 3:], output_attentions=True).attentions
+        torch.testing.assert_close(found[1][:1, :, 3:, 3:], alone[1], rtol=1e-4, atol=1e-6)
+
+    def test_behind_a_cache_and_without_weights_they_are_refused(self):
+        model = model_of("lightning")
+        past = model(tokens(1, 5), use_cache=True).past_key_values
+        with pytest.raises(ArgumentError, match="output_attentions: got True behind 5 cached tokens"):
+            model(tokens(1, 1), past_key_values=past, output_attentions=True)
+        with pytest.raises(headway.errors.HeadwayError):
+            model_of("titans_lmm")(tokens(1, 5), output_attentions=True)

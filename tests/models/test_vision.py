@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
 
 import headway
 from headway.errors import ArgumentError
@@ -43,6 +43,7 @@ def test_saved_and_loaded_it_is_the_same(mixer, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(images()).logits, model(images()).logits, rtol=1e-6, atol=1e-6)
+    assert type(AutoModel.from_pretrained(tmp_path)) is HeadwayViT
 
 
 @pytest.mark.parametrize("mixer", BOTH_WAYS)
@@ -71,3 +72,13 @@ def test_labels_give_a_loss_that_reaches_every_parameter():
     model = vit("inline")
     model(images(), labels=torch.tensor([1, 2, 3])).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@torch.no_grad()
+def test_attentions_of_an_image_are_what_the_door_reads():
+    model = vit("softmax", cls_token=True)
+    found = model(images(), output_attentions=True)
+    assert torch.allclose(found.logits, model(images()).logits, atol=1e-5)
+    assert [weights.shape for weights in found.attentions] == [(3, 4, 17, 17)] * 2
+    torch.testing.assert_close(found.attentions[0].sum(-1), torch.ones(3, 4, 17))
+    assert bool(found.attentions[0].triu(1).any())

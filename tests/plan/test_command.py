@@ -44,6 +44,27 @@ def test_sizes_stand_for_a_model_of_ones_own():
     assert json.loads(done.stdout)["rows"][0]["kv_bytes"] == 2 * 2 * 2 * 16 * 2 * 100
 
 
+@pytest.mark.parametrize("machine", ["h100", "a100", "cpu"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["--context", "1M", "--method", "duo-attention", "--budget", "10%"],
+        ["--tokens", "1M", "--methods", "duo-attention", "--budgets", "0.1"],
+    ],
+)
+def test_every_spelling_of_an_option_plans_the_same(machine, spelling):
+    done = run("llama-3.1-70b", "--hardware", machine, *spelling, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["tokens"], found["hardware"]["name"]) == (1_000_000, machine)
+    dense, duo = found["rows"]
+    assert (duo["method"], duo["budget"]) == ("duo-attention", 0.1)
+    # 80 layers, 8 KV heads of 128 dimensions, keys and values of two bytes.
+    assert dense["kv_bytes"] == 80 * 8 * 128 * 2 * 2 * 1_000_000
+    assert 0.09 < duo["kv_bytes"] / dense["kv_bytes"] < 0.12
+    assert duo["step"]["seconds"] < dense["step"]["seconds"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

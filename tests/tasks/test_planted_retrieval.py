@@ -8,7 +8,7 @@ import torch
 
 import headway
 from headway.errors import ArgumentError
-from headway.tasks.planted_retrieval import RETRIEVAL_HEAD, chain_text, planted_host, planted_text
+from headway.tasks.planted_retrieval import RETRIEVAL_HEAD, answering_host, chain_text, planted_host, planted_text
 
 
 def test_the_retrieval_head_reads_the_same_word_and_the_others_everything():
@@ -53,3 +53,19 @@ def test_texts_depend_on_the_seed_alone():
 def test_texts_that_cannot_be_made_are_refused(tokens, depths):
     with pytest.raises(ArgumentError, match="depths: got"):
         planted_text(tokens, depths, np.random.default_rng(0))
+
+
+def test_the_answering_host_says_what_stood_two_places_behind_the_name():
+    model, tokenizer = answering_host(positions=64)
+    text = "w1 w2 the code of n5 is v7 . the code of n9 is v3 . w4 w5 the code of"
+    for name, value in (("n5", "v7"), ("n9", "v3")):
+        ids = tokenizer(f"{text} {name}", return_tensors="pt")["input_ids"]
+        with headway.capture(model, what=("weights",)) as captured, torch.no_grad():
+            said = model(ids).logits[0, -1].argmax()
+        assert tokenizer.decode(said) == value
+        read = captured.result()[1]["weights"][0, 0, -1]
+        assert tokenizer.decode(ids[0, int(read.argmax())]) == value
+        assert float(read.max()) > 0.98
+    # The first layer hands every word on by two places.
+    handed = captured.result()[0]["weights"][0, 0]
+    assert bool((handed.diagonal(-2) > 0.98).all())

@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from headway.compare.comparing import check_choices, compare
-from headway.compare.methods import check_budgets, check_share, resolve
+from headway.compare.methods import check_share, resolve
 from headway.compare.quality import check_tasks
 from headway.compare.terminal import summarise
 from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.hosts import default_text, load, read_text
+from headway.methods.budget import parse_shares
 from headway.pages.console import check_folder, going_on, progress_bar
 
 
@@ -37,9 +38,8 @@ def run(
     """The command. Arguments are checked before the model is loaded. Finished cells are kept in `out` as they come; the
     page and its numbers are written last, whole or not at all."""
     names = parse_names("--methods", methods)
-    shares, wanted = parse_budgets(budgets), parse_names("--tasks", tasks)
+    shares, wanted = parse_shares("--budgets", budgets), parse_names("--tasks", tasks)
     resolve(names)
-    check_budgets(shares)
     check_tasks(wanted)
     check_share(tolerance)
     asked = parse_names("--modes", modes)
@@ -80,18 +80,3 @@ def parse_names(option: str, text: str) -> list[str]:
     if not all(names):
         raise ArgumentError(f"{option}: got {text!r}, expected names with commas between them, such as a,b.")
     return list(dict.fromkeys(names))
-
-
-def parse_budgets(text: str) -> list[float]:
-    """Shares from text such as "0.5,0.25" or "50%,25%"."""
-    shares = []
-    for part in text.split(","):
-        word = part.strip()
-        try:
-            share = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
-        except ValueError:
-            raise ArgumentError(
-                f"--budgets: got {text!r}, expected shares of the keys in (0, 1], such as 0.5,0.25 or 50%,25%."
-            ) from None
-        shares.append(share)
-    return shares

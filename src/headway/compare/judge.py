@@ -1,8 +1,9 @@
 """From cells to a comparison: losses and costs against dense, the warnings, and one sentence that recommends.
 
 A loss is paired by sample. Of a perplexity it is the relative rise, exp(mean(nll − nll of dense)) − 1; of a score
-between 0 and 1 the drop, mean(dense − score). The recommended point is the cheapest whose worst loss is within the
-tolerance; cheaper means that the interval of the paired time ratio lies below 1, or that fewer KV bytes are held.
+between 0 and 1 the drop, mean(dense − score); of an output error the error itself. The recommended point is the
+cheapest whose worst loss is within the tolerance; cheaper means that the interval of the paired time ratio lies below
+1, or that fewer KV bytes are held.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ def _paths(cells: Sequence[Cell]) -> dict[str, int]:
 
 def loss_of(score: Score, dense: Score) -> Loss:
     """What was lost against dense, paired by part."""
+    if score.task == "fidelity":
+        low, high = bootstrap_mean((np.array(score.parts) - np.array(dense.parts)).tolist())
+        return Loss(task=score.task, mode=score.mode, value=score.value - dense.value, low=low, high=high)
     if not score.higher_is_better:
         pairs = np.array(score.parts) - np.array(dense.parts)
         low, high = (math.expm1(x) for x in bootstrap_mean(pairs.tolist()))

@@ -3,14 +3,16 @@ whatever scope is open."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headway.compare import questions, texts
+from headway.compare import questions, streaming, texts
 from headway.compare.cells import Score
 from headway.compare.setting import Setting
 from headway.errors import unknown
+from headway.tasks.ruler import RULER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,21 @@ TASKS: Mapping[str, Task] = {
             modes=texts.PHASES,
         ),
         Task(
+            name="streaming",
+            summary="how well a text four times as long as a prompt is predicted as it streams by, behind the prompt's "
+            "length; beside it the ratio to windows that are read afresh",
+            prepare=streaming.prepare,
+            measure=streaming.measure,
+            ready=lambda stream: stream.ready(),
+            modes=("",),
+        ),
+        Task(
+            name="passkey",
+            summary="one planted number in repeated filler, at depths from end to end; also graded by its nll",
+            prepare=questions.passkeys,
+            measure=questions.measure_passkey,
+        ),
+        Task(
             name="needle",
             summary="one planted number in the text, at depths from end to end; also graded by the nll of the value",
             prepare=questions.needles,
@@ -60,11 +77,11 @@ TASKS: Mapping[str, Task] = {
             name="recall",
             summary="the value of one key in an object of random pairs",
             prepare=questions.recalls,
-            measure=questions.measure_recall,
+            measure=functools.partial(questions.measure_asked, "recall"),
         ),
         Task(
             name="ruler",
-            summary="thirteen generated questions on a long context, after RULER",
+            summary="thirteen kinds of generated questions on a long context, after RULER; each is a task by name too",
             prepare=questions.rulers,
             measure=questions.measure_ruler,
         ),
@@ -89,6 +106,25 @@ TASKS: Mapping[str, Task] = {
             ready=lambda recorded: recorded(),
             modes=("",),
             judges=False,
+        ),
+        Task(
+            name="fidelity",
+            summary="relative error of attention's output where every layer gets dense attention's own query, key and "
+            "value; beside it the share of attention mass on the keys that were read",
+            prepare=texts.dense_record,
+            measure=texts.measure_fidelity,
+            ready=lambda recorded: recorded(),
+            modes=texts.PHASES,
+            judges=False,
+        ),
+        *(
+            Task(
+                name=name,
+                summary=f"of RULER: {task.summary}",
+                prepare=functools.partial(questions.rulers_of, name),
+                measure=functools.partial(questions.measure_asked, name),
+            )
+            for name, task in RULER.items()
         ),
     )
 }

@@ -33,43 +33,63 @@ CHOICES = 4
 
 
 def needles(setting: Setting) -> list[Sample]:
+    return _grid(setting, setting.text.text)
+
+
+def passkeys(setting: Setting) -> list[Sample]:
+    return _grid(setting, None)
+
+
+def _grid(setting: Setting, text: str | None) -> list[Sample]:
     depths = np.linspace(0, 100, setting.count).tolist() if setting.count > 1 else [50.0]
-    return list(
-        needle_grid(setting.tokenizer, [setting.tokens], depths=depths, text=setting.text.text, seed=setting.seed)
-    )
+    return list(needle_grid(setting.tokenizer, [setting.tokens], depths=depths, text=text, seed=setting.seed))
 
 
 def measure_needle(setting: Setting, samples: list[Sample], mode: str, drives: bool) -> tuple[list[Score], int | None]:
     return _ask("needle", setting, samples, mode, drives, graded=not drives)
 
 
+def measure_passkey(setting: Setting, samples: list[Sample], mode: str, drives: bool) -> tuple[list[Score], int | None]:
+    return _ask("passkey", setting, samples, mode, drives, graded=not drives)
+
+
 def recalls(setting: Setting) -> list[Sample]:
     return list(recall_samples(setting.tokenizer, setting.tokens, count=setting.count, seed=setting.seed))
 
 
-def measure_recall(setting: Setting, samples: list[Sample], mode: str, drives: bool) -> tuple[list[Score], int | None]:
-    return _ask("recall", setting, samples, mode, drives)
+def measure_asked(
+    task: str, setting: Setting, samples: list[Sample], mode: str, drives: bool
+) -> tuple[list[Score], int | None]:
+    """The score of greedy answers and nothing else."""
+    return _ask(task, setting, samples, mode, drives)
 
 
-def rulers(setting: Setting) -> list[Sample]:
+def rulers(setting: Setting, tasks: Sequence[str] | None = None) -> list[Sample]:
+    """`count` samples of each of the tasks (all thirteen for None)."""
     return list(
         ruler_samples(
             setting.tokenizer,
             setting.tokens,
             text=setting.text.text,
             documentation=default_text().text,
+            tasks=tasks,
+            count=setting.count,
             seed=setting.seed,
         )
     )
 
 
+def rulers_of(task: str, setting: Setting) -> list[Sample]:
+    return rulers(setting, [task])
+
+
 def measure_ruler(setting: Setting, samples: list[Sample], mode: str, drives: bool) -> tuple[list[Score], int | None]:
     """The mean of the thirteen tasks, and beside it the score of each."""
     scores, most = _ask("ruler", setting, samples, mode, drives)
-    each = [
-        Score(task="ruler", name=sample.task, mode=mode, value=part, low=math.nan, high=math.nan, n=1, primary=False)
-        for sample, part in zip(samples, scores[0].parts, strict=True)
-    ]
+    by_task: dict[str, list[float]] = {}
+    for sample, part in zip(samples, scores[0].parts, strict=True):
+        by_task.setdefault(sample.task, []).append(part)
+    each = [replace(share_score("ruler", name, mode, parts), primary=False) for name, parts in by_task.items()]
     return [*scores, *each], most
 
 

@@ -127,7 +127,7 @@ def _stay(
 
 def loss_words(loss: Loss, tolerance: float | None = None) -> str:
     """A loss as a verb and numbers: "raises perplexity by 1.2 % (0.3 to 2.1 %; 5 % allowed)"."""
-    share = loss.task == "perplexity"
+    share = loss.task in ("perplexity", "streaming", "fidelity")
     notes = []
     if math.isfinite(loss.low) and math.isfinite(loss.high):
         notes.append(f"{_points(loss.low)} to {_points(loss.high)}{' %' if share else ''}")
@@ -136,6 +136,8 @@ def loss_words(loss: Loss, tolerance: float | None = None) -> str:
     aside = f" ({'; '.join(notes)})" if notes else ""
     if loss.value <= 0:
         return f"loses nothing that was measured, at worst {_points(loss.value)} % on {loss.label}{aside}"
+    if loss.task == "fidelity":
+        return f"moves the output of attention by {_points(loss.value)} %, {loss.mode}{aside}"
     if share:
         return f"raises {loss.label} by {_points(loss.value)} %{aside}"
     return f"loses {_points(loss.value)} points of 100 on {loss.label}{aside}"

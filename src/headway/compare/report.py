@@ -223,7 +223,7 @@ def _score_cell(score: Score | None, point: Point) -> tuple[str, str]:
 def _loss_cell(loss: Loss | None, point: Point) -> tuple[str, str]:
     if point.is_dense or loss is None:
         return MISSING, ""
-    unit = " %" if loss.task == "perplexity" else " points"
+    unit = " %" if loss.task in ("perplexity", "streaming", "fidelity") else " points"
     return f"{number(100 * loss.value, 2)}{unit}", loss.label
 
 

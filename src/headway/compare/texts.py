@@ -1,4 +1,5 @@
-"""Tasks on the text itself: its perplexity in prefill and in decoding, and agreement with dense attention."""
+"""Tasks on the text itself: its perplexity in prefill and in decoding, agreement with dense attention, and what each
+layer loses on dense attention's own query, key and value."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +18,7 @@ from headway.compare.setting import Setting, bootstrap_mean, refuse_driver, shar
 from headway.tasks.agreement import Reference, agree, record
 from headway.tasks.answering import feed, prefill
 from headway.tasks.perplexity import negative_log_likelihood, perplexity
+from headway.tasks.undisturbed import STEPS, Record, losses, record_dense
 
 #: Tokens of a block that counts as one draw when an interval of a perplexity is made.
 BLOCK = 64
@@ -100,3 +103,32 @@ def measure_agreement(
         higher_is_better=False, primary=False, parts=kl,
     )  # fmt: skip
     return [share_score("agreement", "same next token", "", same), tokens, divergence], None
+
+
+def dense_record(setting: Setting) -> Callable[[], Record]:
+    """Dense attention's outputs at every layer, recorded when they are first asked for."""
+
+    @functools.cache
+    def recorded() -> Record:
+        return record_dense(setting.model, setting.ids, steps=min(STEPS, setting.tokens // 2), chunk=setting.chunk)
+
+    return recorded
+
+
+def measure_fidelity(setting: Setting, record: Record, phase: str, drives: bool) -> tuple[list[Score], int | None]:
+    """The relative error of attention's output, and beside it the kept mass; means over layers, which are the parts."""
+    refuse_driver(drives, "fidelity")
+    found = losses(setting.model, record, steps=None if phase == "decode" else 0)[phase]
+    error, kept = found.output_error.tolist(), found.kept_mass.tolist()
+    low, high = bootstrap_mean(error)
+    common: dict[str, Any] = {"task": "fidelity", "mode": phase, "n": len(error)}
+    scores = [
+        Score(**common, name="output error", value=float(np.mean(error)), low=low, high=high, higher_is_better=False,
+              parts=error)
+    ]  # fmt: skip
+    if not any(map(math.isnan, kept)):
+        low, high = bootstrap_mean(kept)
+        scores.append(
+            Score(**common, name="kept mass", value=float(np.mean(kept)), low=low, high=high, primary=False, parts=kept)
+        )
+    return scores, None

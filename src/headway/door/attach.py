@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -25,6 +25,7 @@ from headway.door import adapter
 from headway.door.call import AttentionCall, Forward, Site
 from headway.door.execute import Executed, execute, execute_parts, refuse_emptied_rows
 from headway.door.policy_hosts import require_one_sequence_per_row
+from headway.door.selector_calls import refuse_drafts
 from headway.door.stages import CachePolicy, Driver, Editor, Observer, Selector, Stage
 from headway.errors import ArgumentError, ConflictError, InterceptionError, unknown
 
@@ -155,16 +156,26 @@ class Handle:
         report.select_seconds += select_seconds
         report.execute_seconds += execute_seconds
 
+    def _fronts(self) -> list[Callable[..., Any]]:
+        """What stands in front of the host's `generate`: the driver, and the refusal of drafts."""
+        ahead = [
+            s
+            for s in self.stages
+            if (isinstance(s, Selector) and s.looks_ahead) or (isinstance(s, CachePolicy) and s.by_forward)
+            if hasattr(self.model, "generate")
+        ]
+        drivers = [s.generate for s in self.stages if isinstance(s, Driver)]
+        return [*(partial(refuse_drafts, s.title) for s in ahead), *drivers]
+
     def _drive(self) -> None:
-        """Puts the driver, where there is one, in front of the host's `generate`."""
-        drivers = [s for s in self.stages if isinstance(s, Driver)]
-        for driver in drivers:
+        """Puts them there; a driver goes first and finds the rest behind it."""
+        self._driven = self.model.__dict__.get("generate")
+        for front in self._fronts():
             generate: Any = self.model.generate
-            self._driven = self.model.__dict__.get("generate")
-            self.model.__dict__["generate"] = partial(driver.generate, self.model, generate)
+            self.model.__dict__["generate"] = partial(front, self.model, generate)
 
     def _stop_driving(self) -> None:
-        if any(isinstance(s, Driver) for s in self.stages):
+        if self._fronts():
             if self._driven is None:
                 self.model.__dict__.pop("generate", None)
             else:
@@ -288,6 +299,8 @@ class Door:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if module not in self.modules:
             return None
+        if torch.compiler.is_compiling():
+            _refuse_traced()
         local = self._local
         local.depth = getattr(local, "depth", 0) + 1
         if local.depth > 1 and getattr(local, "forward", None) is not None:
@@ -335,6 +348,8 @@ class Door:
     def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module not in self.modules:
             return
+        if torch.compiler.is_compiling():
+            _refuse_traced()
         local = self._local
         if not getattr(local, "depth", 0):
             local.forward, local.fired, local.hidden = Forward(), defaultdict(int), {}
@@ -506,6 +521,16 @@ def _refuse_compiled(model: nn.Module) -> None:
             f"model: got {name or type(model).__name__} compiled ({how}), whose hooks are traced away; expected an "
             "ordinary module. Load the model again and leave it uncompiled."
         )
+
+
+@torch.compiler.disable
+def _refuse_traced() -> None:
+    """Raises InterceptionError for a model that is compiled while a scope is open: a trace keeps what one forward did,
+    and methods would go on with its caches and positions. Called where a hook is traced, run when the trace is."""
+    raise InterceptionError(
+        "model: got a compiled model while a scope is open, expected an ordinary one: a trace would repeat what the "
+        "methods did in its first forward. Call the model itself, without torch.compile."
+    )
 
 
 def close_door(door: Door) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,9 @@ from headway.kernels.weighing import Weighing
 class Site:
     """A place in a host where attention happens.
 
-    `name` is the module path, `layer` the module's own layer index (its order within its stack where it has none),
+    `name` is the module path, `layer` the module's own layer index. Where it has none, `layer` is the order in which
+    the host ran its sites, counted through all towers of a host, so that (layer, head) names one head; `name` then says
+    the tower and the layer within it.
     `kind` self, cross or joint; `reach` full, sliding or chunked."""
 
     name: str
@@ -71,7 +74,8 @@ class AttentionCall:
     and `key_at` the position in the sequence of each key where they are not consecutive. Such a call is not `causal`;
     its mask says everything.
 
-    `weighing` says how logits become weights where that is not the softmax (Headway's own modules)."""
+    `weighing` says how logits become weights where that is not the softmax (Headway's own modules). `tell` is a cache
+    policy's listener: it is given the call's logits and their log-sum-exp, of which the output is then made."""
 
     site: Site
     query: Float[Tensor, "batch heads queries dim"]
@@ -92,6 +96,7 @@ class AttentionCall:
     of_rows: tuple[int, int] | None = None
     key_at: Int[Tensor, "#batch #kv_heads keys"] | None = None
     weighing: Weighing | None = None
+    tell: Callable[[Tensor, Tensor], None] | None = None
     forward: Forward = field(default_factory=Forward)
 
     @property
@@ -152,14 +157,14 @@ class AttentionCall:
         return seen
 
     def logits(self, rows: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "batch heads rows keys"]:
-        """Scaled logits in float32, -inf where not visible."""
+        """Scaled logits in float32 (float64 of a float64 host), -inf where not visible."""
         arguments = self.arguments()
         arguments.pop("weighing", None)
         return attention_logits(self.query, self.key, rows, **arguments)
 
     def weights(self, rows: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention weights in float32. Rows sum to one, or to less where the head has a learned sink; with a
-        `weighing` to whatever it says."""
+        """Attention weights in the dtype of the logits. Rows sum to one, or to less where the head has a learned sink;
+        with a `weighing` to whatever it says."""
         if self.weighing is None:
             return normalise(self.logits(rows), self.sinks)[0]
         rows = torch.arange(self.queries, device=self.query.device) if rows is None else rows

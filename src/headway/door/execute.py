@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from headway.door.selection import Blocks, Dense, Keys, Selection, Window
 from headway.door.stages import Editor, Selector
 from headway.errors import ArgumentError, ConflictError, EmptyRowError
 from headway.kernels.block_sparse import Band, block_sparse_attention, dense_is_faster
-from headway.kernels.dense import dense_attention, grouped_values
+from headway.kernels.dense import dense_attention, grouped_values, normalise
 from headway.kernels.fused import fused_attention, merge_attention
 from headway.kernels.gathered import gathered_attention, row_block, unique_keys
 
@@ -199,6 +199,8 @@ def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Ten
     """Output and log-sum-exp of a call with editors of weights inside; the fused kernel where it can do it."""
     if call.weighing is not None:
         return _attend_weighed(call, editors)
+    if call.tell is not None:
+        return _attend_telling(call, call.tell, editors)
     plain = call.bias is None and call.softcap is None and call.sinks is None and not call.dropout
     square = not call.causal or call.offset == call.keys - call.queries
     if plain and square and not editors:
@@ -228,6 +230,22 @@ def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Ten
         empty_rows="zero",
         **call.arguments(),
     )
+
+
+def _attend_telling(
+    call: AttentionCall, tell: Callable[[Tensor, Tensor], None], editors: Sequence[Editor]
+) -> tuple[Tensor, Tensor]:
+    """The same from logits that somebody else needs as well: keys are read once, where a fused kernel and scores of
+    one's own would read them twice."""
+    logits = call.logits()
+    weights, lse = normalise(logits, call.sinks)
+    for editor in editors:
+        weights = editor.edit_weights(call, weights, torch.arange(call.queries, device=call.query.device))
+    if call.dropout:
+        weights = torch.nn.functional.dropout(weights, call.dropout)
+    output = grouped_values(weights.to(call.value.dtype), call.value)
+    tell(logits, lse)
+    return output, lse
 
 
 def _attend_weighed(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Tensor]:

@@ -103,9 +103,17 @@ class CachePolicy(Stage):
 
     The host's cache is replaced by `make_cache(model)` at the first forward that would use one; its state belongs to
     one request. `narrows` are the phases in which `read` may return calls of its own; a selector that acts in the same
-    phase at the same site is refused. A policy acts on a whole model: only one may be attached."""
+    phase at the same site is refused. A policy acts on a whole model: only one may be attached. `by_forward` is the
+    reason why a forward of several tokens leaves other keys behind than the same tokens one by one, where it does:
+    assisted decoding, which reads drafts that way, is then refused."""
 
     narrows: frozenset[str] = PHASES
+    by_forward: str = ""
+
+    @property
+    def moves_keys(self) -> bool:
+        """Whether keys are read at other positions than the text's, so that logits are not dense attention's."""
+        return False
 
     def make_cache(self, model: nn.Module) -> Any:
         """An empty cache for one request: a `headway.door.caches.PolicyCache`."""

@@ -8,18 +8,21 @@ from torch import nn
 
 
 def model_facts(model: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """Name, class, layers, heads, key heads, dtype and number of parameters; None where the configuration does not
+    """Name, class, layers, heads, key heads, dtype and number of parameters; None where the model does not
     tell."""
     host: Any = model
-    config = host.config.get_text_config() if hasattr(host, "config") else None
+    config = getattr(host, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
+    first = next(model.parameters(), None)
     return {
         "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
         "class": type(model).__name__,
         "layers": getattr(config, "num_hidden_layers", None),
         "heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

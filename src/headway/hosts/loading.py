@@ -28,6 +28,12 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+#: Heads that `classes` keeps, by the end of the architecture's name.
+HEADS = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
 _CONVERTERS: dict[str, Callable[[Path, Path, Report], None]] = {
     "smollm2": convert.convert_gguf,
     "vit": convert.convert_dinov2,
@@ -42,6 +48,7 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    classes: bool = False,
     check_weights: bool = True,
     verify: bool = False,
 ) -> tuple[Any, Any]:
@@ -53,11 +60,13 @@ def load(
     attn_implementation: passed on to transformers; None is the model's own default.
     trust_remote_code: run Python code that comes with the model. Only if you trust its author.
     revision: branch, tag or commit of a hub id.
+    classes: keep the head of a checkpoint that says it is a classifier of texts, tokens or pictures.
     check_weights: look for NaN and infinity in the weights.
     verify: hash the converted weights again, not only compare their size.
 
-    A causal language model comes with its output layer (`AutoModelForCausalLM`), anything else as the bare model
-    (`AutoModel`). Only safetensors are read. `model.name_or_path` of an embedded host is "package==version".
+    A causal language model comes with its output layer (`AutoModelForCausalLM`), a classifier with its head where
+    `classes` asks for it, anything else as the bare model (`AutoModel`). Only safetensors are read.
+    `model.name_or_path` of an embedded host is "package==version".
 
     Raises ArgumentError for an argument that cannot be used, MissingExtraError for a package that is not installed, and
     HostError for a model that is absent, damaged, or out of reach."""
@@ -67,6 +76,7 @@ def load(
         "dtype": torch_dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
+        "classes": classes,
     }
     embedded = embedded_hosts().get(wanted)
     local = embedded is None and _is_local(wanted)
@@ -211,7 +221,8 @@ def _load_source(source: str | Path, name: str, options: dict[str, Any], *, loca
         with convert.quiet_bars() if local else nullcontext():
             _know_own_models(source)
             config = AutoConfig.from_pretrained(source, **shared)
-            model, facts = _model_class(config).from_pretrained(
+            kind = _model_class(config, classes=options["classes"])
+            model, facts = kind.from_pretrained(
                 source, config=config, use_safetensors=True, output_loading_info=True, **weights, **shared
             )
             processor = _processor(source, model, shared)
@@ -225,7 +236,7 @@ def _load_source(source: str | Path, name: str, options: dict[str, Any], *, loca
                 "leave it out for the model's default"
             ) from error
         raise hub.explain(error, name, offline=offline, local=local) from error
-    _check_complete(facts, name)
+    _check_complete(facts, name, pooler=kind.__name__ in HEADS.values())
     return model, processor
 
 
@@ -236,8 +247,10 @@ def _know_own_models(source: str | Path) -> None:
         importlib.import_module("headway.models")
 
 
-def _model_class(config: Any) -> Any:
-    """AutoModelForCausalLM where the checkpoint says that it is one, AutoModel for everything else."""
+def _model_class(config: Any, *, classes: bool = False) -> Any:
+    """AutoModelForCausalLM where the checkpoint says that it is one, a classifier where `classes` are wanted and it
+    says that it is one, AutoModel for everything else."""
+    import transformers
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -249,6 +262,9 @@ def _model_class(config: Any) -> Any:
     }
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     stated = set(config.architectures or ())
+    for ending, kind in HEADS.items() if classes else ():
+        if any(name.endswith(ending) for name in stated):
+            return getattr(transformers, kind)
     registered = type(config) in AutoModelForCausalLM._model_mapping and any(n.endswith("ForCausalLM") for n in stated)
     return AutoModelForCausalLM if remote or registered or stated & causal else AutoModel
 
@@ -273,13 +289,14 @@ def _require_pillow() -> None:
         raise missing_extra("pillow", "vision", "preparing images")
 
 
-def _check_complete(facts: dict[str, Any], name: str) -> None:
-    """Weights that a checkpoint lacks would be random numbers. Only a pooler may be missing: no attention sees it."""
+def _check_complete(facts: dict[str, Any], name: str, *, pooler: bool) -> None:
+    """Weights that a checkpoint lacks would be random numbers. Only a pooler may be missing, where no head reads it: no
+    attention sees it."""
     absent = sorted(facts["missing_keys"])
-    pooler = [key for key in absent if "pooler." in key]
-    if pooler:
+    unread = [] if pooler else [key for key in absent if "pooler." in key]
+    if unread:
         logger.warning("model %r: its pooler is not in the checkpoint and holds random numbers", name)
-    rest = [key for key in absent if key not in pooler]
+    rest = [key for key in absent if key not in unread]
     if rest:
         raise HostError(
             f"model {name!r}: its checkpoint lacks {len(rest)} of the weights (first: {rest[0]}), which would be "

@@ -75,7 +75,8 @@ def block_sparse_attention(
     `blocks` may have one entry for all heads, one per key head, or one per query head. `causal`, `mask` and `band` hide
     pairs inside selected blocks. Rows that see nothing give zeros and -inf. `sinks` are learned sink logits. `form`:
     "auto" is "flex" on CUDA and "gather" elsewhere. With gradients, "gather" runs in one masked pass: the log-sum-exp
-    of the fused kernel has none."""
+    of the fused kernel has none. "flex" with gradients on the CPU raises ArgumentError: torch has no backward pass
+    there."""
     if form not in FORMS:
         raise unknown("form", form, FORMS)
     work = _Work.of(query, key, value, blocks, query_block, key_block, scale, causal, offset, mask, band, softcap)
@@ -452,6 +453,11 @@ def _flex(work: _Work) -> tuple[Tensor, Tensor]:
     """FlexAttention with the same selection. Not run on a GPU here; its CPU reference is in the contract."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if work.query.device.type == "cpu" and work.needs_gradients:
+        raise ArgumentError(
+            "form: got 'flex' with gradients on the CPU, where FlexAttention has no backward pass; expected 'masked' "
+            "or 'gather'. Leave the form out, or run under torch.no_grad()."
+        )
     batch, heads, queries, _ = work.query.shape
     keys = work.key.shape[2]
     blocks = work.blocks

@@ -60,6 +60,11 @@ def grouped_values(
     return (folded @ value).view(batch, heads, rows, value.shape[3])
 
 
+def widened(x: Tensor) -> Tensor:
+    """At least float32: half precision is raised, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
     """c · tanh(logits / c); the logits themselves without a cap."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -73,8 +78,8 @@ def with_learned_sinks(
     """Output and log-sum-exp of a softmax once learned sinks join it; as they are without sinks."""
     if sinks is None:
         return output, lse
-    total = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
-    return (output.float() * torch.exp(lse - total)[..., None]).to(output.dtype), total
+    total = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1).expand_as(lse))
+    return (widened(output) * torch.exp(lse - total)[..., None]).to(output.dtype), total
 
 
 def visible_keys(
@@ -109,16 +114,17 @@ def attention_logits(
     bias: Float[Tensor, "#batch #heads #queries keys"] | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "batch heads rows keys"]:
-    """s_ij in float32 for the given query rows (all by default); -inf where the key is not visible.
+    """s_ij for the given query rows (all by default); -inf where the key is not visible. float64 stays float64,
+    everything else is float32.
 
     `offset` places query row i at key position i + offset; by default queries are the last rows of the keys."""
     queries, keys = query.shape[2], key.shape[2]
     if rows is None:
         rows = torch.arange(queries, device=query.device)
     offset = keys - queries if offset is None else offset
-    scores = soft_capped(grouped_scores(query[:, :, rows].float(), key.float()) * scale, softcap)
+    scores = soft_capped(grouped_scores(widened(query[:, :, rows]), widened(key)) * scale, softcap)
     if bias is not None:
-        scores = scores + (bias[:, :, rows] if bias.shape[2] > 1 else bias).float()
+        scores = scores + (bias[:, :, rows] if bias.shape[2] > 1 else bias).to(scores.dtype)
     seen = visible_keys(rows, keys, causal=causal, offset=offset, mask=mask)
     return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
 
@@ -130,7 +136,7 @@ def normalise(
     -inf."""
     lse = torch.logsumexp(logits, dim=-1)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.float().view(1, -1, 1).expand_as(lse))
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1).expand_as(lse))
     safe = lse.masked_fill(lse == -torch.inf, 0.0)
     return torch.exp(logits - safe[..., None]), lse
 
@@ -153,7 +159,7 @@ def dense_attention(
     block: int = DEFAULT_BLOCK,
     mode: str = "block",
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attention output (dtype of `value`) and log-sum-exp (float32).
+    """Attention output (dtype of `value`) and log-sum-exp (float32; float64 of float64 inputs).
 
     `edit(weights, rows)` may return other weights for a block of query rows. `empty_rows="zero"` gives a zero output
     for rows that see no key, as fused kernels do for padding; `"raise"` (default) raises EmptyRowError.

@@ -39,7 +39,7 @@ def gathered_attention(
     `index` has one list per block of `query_block` rows (None: one list for all rows, or one per row, by its size) and
     one entry for all heads, one per key head or one per query head; `valid` is False where an entry is only fill.
     `causal`, `mask` hide listed keys. Rows that see nothing give zeros and -inf."""
-    groups = check_heads(query, key)
+    check_heads(query, key)
     batch, heads, queries, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -52,49 +52,64 @@ def gathered_attention(
         )
     index, valid = unique_keys(index, valid, keys)
     count = index.shape[2]
-    rows = pad(query, (0, 0, 0, count * size - queries)).reshape(-1, size, query.shape[3])
-    repeat = heads // index.shape[1]
-    lists = index.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
-    real = valid.repeat_interleave(repeat, 1).expand(batch, -1, -1, -1).flatten(0, 2)
-    # Lists are sorted with their fill last: a step copies as far as its longest list goes, and no fill.
-    last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)
-    widths = last.clamp(min=1).tolist()
+    # Query heads of one key head that read the same keys are rows of one item: keys are copied once for all of them.
+    apart = heads if index.shape[1] == heads or (mask is not None and mask.shape[1] > 1) else kv_heads
+    together = heads // apart
+    rows = query if queries == count * size else pad(query, (0, 0, 0, count * size - queries))
+    rows = rows.reshape(batch, apart, together, count, size, -1).transpose(2, 3)
+    rows = rows.reshape(-1, 1, together * size, query.shape[3])
+    repeat = apart // index.shape[1]
+    lists, real = (
+        (x if repeat == 1 else x.repeat_interleave(repeat, 1)).expand(batch, -1, -1, -1).flatten(0, 2)
+        for x in (index, valid)
+    )
     flat_key, flat_value = (x.reshape(-1, x.shape[3]) for x in (key, value))
     per_item = max(lists.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size(), 1)
     step = max(STEP_BYTES // per_item, 2 * torch.get_num_threads())
-    at = (torch.arange(count * size, device=query.device) + offset).view(count, size)
+    full = bool(real.all())
+    widths = [lists.shape[1]]
+    if not full:
+        # Lists are sorted with their fill last: a step copies as far as its longest list goes, and no fill.
+        last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1).clamp(min=1)
+        widths = [int(part.max()) for part in last.split(step)]
+    hides = causal or mask is not None or not full
+    item = torch.arange(lists.shape[0], device=query.device)
+    base = (item // (count * apart // kv_heads) * keys)[:, None]
     # The fused kernel's log-sum-exp has no gradient, which a learned sink needs.
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     fused = softcap is None and not (sinks is not None and trains)
     outputs, normalisers = [], []
     for start in range(0, lists.shape[0], step):
-        item = torch.arange(start, min(start + step, lists.shape[0]), device=query.device)
-        which, block = item // count, item % count
-        base = (which // heads * kv_heads + which % heads // groups) * keys
-        most = max(widths[start : start + step])
-        chosen = lists[item, :most]
-        seen = real[item, :most][:, None].expand(-1, size, -1)
-        if causal:
-            seen = seen & (chosen[:, None] <= at[block][:, :, None])
-        if mask is not None:
-            row = (at[block] - offset).clamp(max=mask.shape[2] - 1)
-            owner = (which // heads).clamp(max=mask.shape[0] - 1)[:, None, None]
-            head = (which % heads).clamp(max=mask.shape[1] - 1)[:, None, None]
-            seen = seen & mask[owner, head, row[:, :, None], chosen[:, None]]
-        copied = (chosen + base[:, None]).flatten()
-        part = rows[item][:, None]
-        gathered = [x[copied].view(item.numel(), 1, -1, x.shape[1]) for x in (flat_key, flat_value)]
+        items = slice(start, start + step)
+        chosen = lists[items, : widths[0 if full else start // step]]
+        hidden = None
+        if hides:
+            seen = real[items, : chosen.shape[1]][:, None].expand(-1, size, -1)
+            row = (item[items] % count * size)[:, None, None] + torch.arange(size, device=query.device)[:, None]
+            if causal:
+                seen = seen & (chosen[:, None] <= row + offset)
+            if mask is not None:
+                owner, head = (x[:, None, None] for x in (item[items] // (count * apart), item[items] // count % apart))
+                owner, head = owner.clamp(max=mask.shape[0] - 1), head.clamp(max=mask.shape[1] - 1)
+                seen = seen & mask[owner, head, row.clamp(max=mask.shape[2] - 1), chosen[:, None]]
+            hidden = seen.repeat(1, together, 1)[:, None]
+        copied = (chosen + base[items]).flatten()
+        part = rows[items]
+        gathered = [x.index_select(0, copied).view(part.shape[0], 1, -1, x.shape[1]) for x in (flat_key, flat_value)]
         if fused:
-            output, lse = fused_attention(part, *gathered, scale=scale, mask=seen[:, None])
+            output, lse = fused_attention(part, *gathered, scale=scale, mask=hidden)
         else:
-            output, lse = dense_attention(
-                part, *gathered, scale=scale, mask=seen[:, None], softcap=softcap, empty_rows="zero"
-            )
+            output, lse = dense_attention(part, *gathered, scale=scale, mask=hidden, softcap=softcap, empty_rows="zero")
         outputs.append(output[:, 0])
         normalisers.append(lse[:, 0])
-    output = torch.cat(outputs).view(batch, heads, count * size, -1)[:, :, :queries]
-    lse = torch.cat(normalisers).view(batch, heads, count * size)[..., :queries]
-    return with_learned_sinks(output, lse, sinks)
+    output, lse = (
+        torch.cat(parts)
+        .view(batch, apart, count, together, size, -1)
+        .transpose(2, 3)
+        .reshape(batch, heads, count * size, -1)
+        for parts in (outputs, normalisers)
+    )
+    return with_learned_sinks(output[:, :, :queries], lse[:, :, :queries, 0], sinks)
 
 
 def row_block(index: Int[Tensor, "#batch #heads blocks chosen"], queries: int, query_block: int | None) -> int:
@@ -119,10 +134,24 @@ def unique_keys(
     there."""
     if valid is None:
         valid = torch.ones_like(index, dtype=torch.bool)
+        if index.shape[-1] and bool((index[..., 1:] > index[..., :-1]).all()):
+            _check_range(index[..., 0], index[..., -1], keys)
+            return index, valid
     named = index[valid.expand_as(index)]
-    if named.numel() and (int(named.min()) < 0 or int(named.max()) >= keys):
-        raise ArgumentError(f"index: got values from {int(named.min())} to {int(named.max())}, expected 0..{keys - 1}.")
-    ordered = index.masked_fill(~valid, keys).sort(-1).values
+    _check_range(named, named, keys)
+    ordered = index.masked_fill(~valid, keys)
+    rising = (ordered[..., 1:] > ordered[..., :-1]) | (ordered[..., 1:] == keys)
+    if bool(rising.all()):
+        return ordered.clamp(max=keys - 1), ordered < keys
+    ordered = ordered.sort(-1).values
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     fresh[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
     return ordered.clamp(max=keys - 1), fresh & (ordered < keys)
+
+
+def _check_range(smallest: Tensor, largest: Tensor, keys: int) -> None:
+    if not smallest.numel():
+        return
+    low, high = int(smallest.min()), int(largest.max())
+    if low < 0 or high >= keys:
+        raise ArgumentError(f"index: got values from {low} to {high}, expected 0..{keys - 1}.")

@@ -520,12 +520,13 @@ def _reference(
 ) -> dict[str, Tensor]:
     """Every reduction from the full matrix of weights, by its definition."""
     weighing = common.pop("weighing")
+    query, key = query.float(), key.float()
     logits = attention_logits(query, key, index, **common)
     weights, _ = normalise(logits, sinks)
     if weighing is not None:
         visible = torch.isfinite(logits)
         positions = index + common["offset"]
-        weights = weighing(logits, visible, positions=positions, query=query[:, :, index].float(), key=key.float())
+        weights = weighing(logits, visible, positions=positions, query=query[:, :, index], key=key)
     batch, heads, rows, keys = weights.shape
     seen = visible_keys(index, keys, causal=common["causal"], offset=common["offset"], mask=common["mask"])
     seen = torch.ones_like(weights, dtype=torch.bool) if seen is None else seen.expand_as(weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from headway.errors import ArgumentError
 from headway.hosts import Text
 from headway.lab.arms import EXTRA_ID, Arm
+from headway.statistics import generator_of
 from headway.train import Batch, Stream
 from headway.train.losses import IGNORE
 
@@ -47,7 +47,7 @@ class ByteSequences(Stream):
             raise ArgumentError(f"text: got {len(self.ids)} bytes to train on, expected at least {wanted}.")
 
     def batch(self, index: int) -> Batch:
-        generator = _generator(TRAINING, self.seed, index)
+        generator = generator_of(TRAINING, self.seed, index)
         starts = torch.randint(0, len(self.ids) - self.arm.length + 1, (self.arm.batch,), generator=generator)
         ids = self.ids[starts[:, None] + torch.arange(self.arm.length)]
         return labelled(with_first(ids, self.arm, generator), self.arm)
@@ -61,7 +61,7 @@ def held_out(split: Split, arm: Arm, count: int, seed: int = 0) -> Int[Tensor, "
         raise ArgumentError(
             f"text: got {places} held-out sequences of {arm.length} bytes, expected {count}. Give a longer text."
         )
-    generator = _generator(HELD, seed)
+    generator = generator_of(HELD, seed)
     chosen = torch.randperm(places, generator=generator)[:count]
     ids = split.held_out[chosen[:, None] * arm.length + torch.arange(arm.length)]
     return with_first(ids, arm, generator)
@@ -87,10 +87,3 @@ def labelled(ids: Int[Tensor, "batch length"], arm: Arm) -> dict[str, Tensor]:
     if arm.prefix:
         labels[:, : arm.prefix] = IGNORE
     return {"input_ids": ids, "labels": labels}
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """Randomness from several numbers. torch's generator on the CPU reads the low 32 bits of a seed alone, so that
-    adding them up in different bits would not tell them apart."""
-    words = [number & 0xFFFFFFFFFFFFFFFF for number in numbers]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))

@@ -20,7 +20,8 @@ from headway.errors import ArgumentError, HeadwayError, unknown
 from headway.files import write_atomically
 from headway.hosts.convert import quiet_bars
 from headway.lab.train_data import language_data, parse_value
-from headway.pages.console import Tell, check_folder, progress_bar
+from headway.pages.console import check_folder, progress_bar
+from headway.progress import Tell
 from headway.train import Trained, train
 from headway.train.losses import LossFunction, classification_loss
 from headway.train.optimizers import OPTIMIZERS, make_optimizer
@@ -109,7 +110,7 @@ def train_lm(shape: Shape, course: Course, *, data: str, tokenizer: str, tokens:
 
 def train_vit(shape: Shape, course: Course, *, data: str, patch: int, shift: int, held_out: float) -> None:
     """The command for images."""
-    from headway.models import HeadwayViT, HeadwayViTConfig
+    from headway.models import HeadwayViT, HeadwayViTConfig, image_processor
     from headway.train.images import ImageStream, load_images
 
     parts = model_parts(shape)
@@ -120,6 +121,7 @@ def train_vit(shape: Shape, course: Course, *, data: str, patch: int, shift: int
     config = HeadwayViTConfig(
         image_size=(size[0], size[1]), patch_size=patch, num_channels=channels, classes=images.classes, **parts
     )
+    processor = image_processor(config)
     model = _build(lambda: HeadwayViT(config), course.seed)
     batches = [
         {"pixel_values": back.pixels[i : i + 256], "labels": back.labels[i : i + 256]} for i in range(0, len(back), 256)
@@ -127,7 +129,7 @@ def train_vit(shape: Shape, course: Course, *, data: str, patch: int, shift: int
     with _bar(course) as tell:
         stream = ImageStream(kept, course.batch, seed=course.seed, shift=shift)
         trained = _train(model, stream, classification_loss, batches, course, tell)
-        _save(model, course, None)
+        _save(model, course, processor)
     about = f"{data}: {len(kept):,} images, {len(back):,} held out ({images.source})"
     _tell_result(shape, course, model, trained, data=about, kind="images", chance=1 / images.classes, looks=False)
 
@@ -284,14 +286,15 @@ def _train(model: nn.Module, stream: Any, loss: LossFunction, validation: Any, c
         raise
 
 
-def _save(model: Any, course: Course, tokenizer: Any) -> None:
+def _save(model: Any, course: Course, processor: Any) -> None:
+    """Writes the model, and beside it what prepares its input, where it has such a thing."""
     if not _first_process():
         return
     try:
         with quiet_bars():
             model.save_pretrained(course.out)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(course.out)
+        if processor is not None:
+            processor.save_pretrained(course.out)
     except OSError as error:
         raise HeadwayError(f"--out: {course.out} cannot be written ({error.strerror or error}).") from error
 

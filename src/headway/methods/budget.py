@@ -5,6 +5,7 @@ A method's module (the one with its `CARD`) offers `at_budget(share, *, tokens, 
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 from torch import nn
@@ -17,6 +18,26 @@ from headway.errors import ArgumentError, unknown
 def budgeted() -> dict[str, ModuleType]:
     """The modules of the methods that have a budget, by slug."""
     return {slug: module for slug, module in homes().items() if hasattr(module, "at_budget")}
+
+
+def parse_shares(option: str, text: str) -> list[float]:
+    """Budgets from what a command was given, such as "0.5,0.25" or "50%,25%"; each once, in order.
+
+    Raises ArgumentError, which names the option, for what is no share in (0, 1]."""
+    shares = []
+    for part in text.split(","):
+        word = part.strip()
+        try:
+            share = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
+            raise ArgumentError(
+                f"{option}: got {word!r}, expected shares of the keys in (0, 1] with commas, such as 0.5,0.25 or "
+                "50%,25%."
+            )
+        shares.append(share)
+    return list(dict.fromkeys(shares))
 
 
 def check_share(share: float, tokens: int) -> None:

@@ -12,19 +12,29 @@ from headway.models.cache import HeadwayCache
 from headway.models.config import HeadwayConfig, HeadwayViTConfig
 from headway.models.language import HeadwayForCausalLM
 from headway.models.mixers import mixers
-from headway.models.vision import HeadwayViT
+from headway.models.vision import HeadwayViT, image_processor
 
-__all__ = ["HeadwayCache", "HeadwayConfig", "HeadwayForCausalLM", "HeadwayViT", "HeadwayViTConfig", "mixers"]
+__all__ = [
+    "HeadwayCache",
+    "HeadwayConfig",
+    "HeadwayForCausalLM",
+    "HeadwayViT",
+    "HeadwayViTConfig",
+    "image_processor",
+    "mixers",
+]
 
 
 def register() -> None:
-    """Makes the classes known to `AutoConfig`, `AutoModelForCausalLM` and `AutoModelForImageClassification`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+    """Makes the classes known to `AutoConfig`, `AutoModelForCausalLM`, `AutoModelForImageClassification`, and, for
+    images, `AutoModel`."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
     AutoConfig.register(HeadwayConfig.model_type, HeadwayConfig, exist_ok=True)
     AutoConfig.register(HeadwayViTConfig.model_type, HeadwayViTConfig, exist_ok=True)
     AutoModelForCausalLM.register(HeadwayConfig, HeadwayForCausalLM, exist_ok=True)
     AutoModelForImageClassification.register(HeadwayViTConfig, HeadwayViT, exist_ok=True)
+    AutoModel.register(HeadwayViTConfig, HeadwayViT, exist_ok=True)
 
 
 register()

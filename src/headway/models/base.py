@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headway.door import capture
 from headway.door.mixer import Mixer
+from headway.errors import ArgumentError
 from headway.models.stack import initialise
+
+log = logging.getLogger(__name__)
+Output = TypeVar("Output")
 
 
 class HeadwayPreTrainedModel(PreTrainedModel):
@@ -36,3 +43,26 @@ class HeadwayPreTrainedModel(PreTrainedModel):
 
     def _move_missing_keys_from_meta_to_device(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is on the meta device."""
+
+    def with_attentions(self, run: Callable[[], Output]) -> tuple[Output, tuple[Tensor | None, ...]]:
+        """What `run` returns, and the weights (batch, heads, queries, keys) with which each layer made its output; None
+        for a layer that has none, or that attends more than once. They carry no gradient.
+
+        Weights are read at the door, in the parallel form, whatever the mixer computes with: signed and of any sum for
+        linear ones. All of them are kept, so memory grows with the square of the tokens, which is logged."""
+        log.warning(
+            "output_attentions: keeps batch × heads × tokens² weights of every layer; "
+            "`headway.capture` can reduce them block by block"
+        )
+        with capture(self, what=("weights",), selftest=False) as captured:
+            output = run()
+        found = captured.result()
+        weights: list[Tensor | None] = [None] * self.config.layers
+        for name, site in found.sites.items():
+            calls = found.calls(name)
+            weights[site.layer] = calls[0]["weights"] if len(calls) == 1 else None
+        if all(part is None for part in weights):
+            raise ArgumentError(
+                "output_attentions: got True, but no layer of this model has weights over keys. Leave it out."
+            )
+        return output, tuple(weights)

@@ -72,8 +72,31 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         resets: Bool[Tensor, "batch tokens"] | None = None,
         mode: str = "block",
+        output_attentions: bool | None = None,
         **further: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        if output_attentions:
+            if past_key_values is not None and past_key_values.length:
+                raise ArgumentError(
+                    f"output_attentions: got True behind {past_key_values.length} cached tokens, expected a whole "
+                    "sequence: states need not hold the keys of the past. Leave the cache out."
+                )
+            output, attentions = self.with_attentions(
+                lambda: self(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    inputs_embeds=inputs_embeds,
+                    labels=labels,
+                    use_cache=use_cache,
+                    logits_to_keep=logits_to_keep,
+                    output_hidden_states=output_hidden_states,
+                    resets=resets,
+                    mode=mode,
+                )
+            )
+            output.attentions = attentions
+            return output.to_tuple() if return_dict is False else output
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("input_ids, inputs_embeds: got both or none, expected exactly one of them.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

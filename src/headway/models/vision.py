@@ -9,10 +9,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from headway.errors import missing_extra
 from headway.kernels.norms import make_norm
 from headway.models.base import HeadwayPreTrainedModel
 from headway.models.config import HeadwayViTConfig
 from headway.models.stack import Block
+
+
+def image_processor(config: HeadwayViTConfig) -> Any:
+    """What prepares images for a classifier that was trained on pixels in [0, 1]: resized to its size, divided by 255.
+
+    Grey images stay of one channel (PIL's mode "L"), so pictures for a model of one channel are to be converted to it.
+    Raises MissingExtraError where pillow is not installed."""
+    from transformers.utils import is_vision_available
+
+    if not is_vision_available():
+        raise missing_extra("pillow", "vision", "preparing images")
+    from transformers import ViTImageProcessorPil
+
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return ViTImageProcessorPil(
+        size={"height": height, "width": width}, do_normalize=False, do_convert_rgb=config.num_channels == 3
+    )
 
 
 class HeadwayViT(HeadwayPreTrainedModel):
@@ -42,8 +61,15 @@ class HeadwayViT(HeadwayPreTrainedModel):
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         mode: str = "block",
+        output_attentions: bool | None = None,
         **further: Any,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
+        if output_attentions:
+            output, attentions = self.with_attentions(
+                lambda: self(pixel_values, labels=labels, output_hidden_states=output_hidden_states, mode=mode)
+            )
+            output.attentions = attentions
+            return output.to_tuple() if return_dict is False else output
         x = self.patches(pixel_values).flatten(2).transpose(1, 2)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)

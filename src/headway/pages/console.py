@@ -4,7 +4,7 @@ interrupt says, and how a result is handed over."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from headway.errors import ArgumentError, HeadwayError
 from headway.files import write_atomically
-
-#: Called with (what, done, total).
-Tell = Callable[[str, int, int], None]
+from headway.progress import Tell
 
 
 class Result(Protocol):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headway.errors import ArgumentError
+from headway.methods.budget import parse_shares
 from headway.plan.check import Check, check
 from headway.plan.cost import Phase
 from headway.plan.planning import Plan, Row, parse_tokens, plan
@@ -151,15 +152,7 @@ def _check(model: str, tokens: str | None, methods: list[tuple[str, float]], dty
 def _pairs(methods: str, budgets: str) -> list[tuple[str, float]]:
     """Every method at every budget. "dense" is always there and needs no naming."""
     names = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
-    shares = []
-    for part in budgets.split(","):
-        try:
-            share = float(part)
-        except ValueError:
-            share = float("nan")
-        if not 0 < share <= 1:
-            raise ArgumentError(f"--budgets: got {part.strip()!r}, expected shares in (0, 1] with commas: 0.25,0.1.")
-        shares.append(share)
+    shares = parse_shares("--budgets", budgets)
     return [(name, share) for name in names if name != "dense" for share in shares]
 
 

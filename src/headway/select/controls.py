@@ -17,8 +17,8 @@ from torch import nn
 from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.methods.diagnosis.attention_influence import QUARANTINED
-from headway.pages.console import Tell
 from headway.pages.plain import plain, with_nan
+from headway.progress import Tell
 from headway.select.recipe import Head, InfluenceRecipe
 from headway.select.records import Cursor
 from headway.select.shards.ledger import Ledger

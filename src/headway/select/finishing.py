@@ -10,13 +10,13 @@ import hashlib
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from headway.errors import HostError, unknown
+from headway.progress import Tell
 from headway.select.choosing import Choice, ranking_key
 from headway.select.duplicates import text_hash
 from headway.select.records import BadRow, Cursor, Record
@@ -78,7 +78,7 @@ def finish(
     *,
     write: str,
     repetition_weight: float,
-    tell: Callable[[str, int, int], None],
+    tell: Tell,
 ) -> Finished:
     """Writes `scores.<format>` and `selected.<format>` into `out`, each whole or not at all, and sums up."""
     kind = output_format(write, plan)

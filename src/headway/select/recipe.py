@@ -19,7 +19,7 @@ from headway.hosts.facts import versions
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis.attention_influence import FLOOR, InfluenceScorer
 from headway.methods.diagnosis.attention_influence.detection import HeadScores, check_choice, detect_heads
-from headway.pages.console import Tell
+from headway.progress import Tell
 
 Head = tuple[int, int]
 

@@ -18,7 +18,7 @@ from headway.errors import ArgumentError, unknown
 from headway.hosts.facts import model_facts, versions
 from headway.methods.diagnosis.attention_influence import FLOOR
 from headway.methods.diagnosis.attention_influence.detection import HeadScores
-from headway.pages.console import Tell
+from headway.progress import Tell
 from headway.select.choosing import check_share, choose
 from headway.select.conclusions import conclude, correlations
 from headway.select.controls import measure_controls

@@ -4,7 +4,8 @@
 
 B is the number of UTF-8 bytes of the scored tokens. The first token is not predicted. One chunk of n tokens is one
 forward of n rows; `chunk=1` streams token by token, as StreamingLLM is measured (Xiao et al., arXiv 2309.17453). The
-cache is the one passed, or the one the model returns: a cache policy that is attached decides what it keeps.
+cache is the one passed, or the one the model returns: a cache policy that is attached decides what it keeps. The
+baseline of a stream, windows that are read afresh for every token, stands beside it.
 """
 
 from __future__ import annotations
@@ -148,6 +149,44 @@ def perplexity(
         seconds=sum(step.seconds for step in steps),
         cache_bytes=max(step.cache_bytes for step in steps),
     )
+
+
+@torch.no_grad()
+def recompute_perplexity(
+    model: nn.Module,
+    ids: Int[Tensor, "1 tokens"],
+    places: Iterable[int],
+    *,
+    length: int,
+    batch: int = 4,
+    run: int = 1,
+    front: Int[Tensor, " front"] | None = None,
+) -> Float[Tensor, " places*run"]:
+    """−ln p of the tokens at `places`, each given the `length` tokens before it, read afresh: the sliding window with
+    recomputation, O(length²) per token.
+
+    `run` tokens in a row may share one reading, p to p + run − 1 for each place p: their contexts begin at the same
+    token and are `length` − ⌊run / 2⌋ tokens long for the first, `length` for the middle one, and so on. That gives
+    `run` scores for the price of one, at nearly the context asked for where `run` is small beside `length`.
+
+    `front` are tokens that every context begins with and that count in its `length`, as the one that a model was
+    trained to begin with. Raises ArgumentError for a place that has no such context or lies behind the text."""
+    chosen = list(places)
+    front = ids[0, :0] if front is None else front.to(ids)
+    before = length - run // 2 - front.numel()
+    if run < 1 or before < 1 or not chosen or min(chosen) < before or max(chosen) + run > ids.shape[1]:
+        raise ArgumentError(
+            f"places: got {chosen[:3]}… for windows of {length} and runs of {run} in {ids.shape[1]} tokens, expected "
+            f"positions from {max(before, 1)} to {ids.shape[1] - run}, and runs of at least 1 that leave a window."
+        )
+    found = []
+    for start in range(0, len(chosen), batch):
+        some = chosen[start : start + batch]
+        windows = torch.stack([torch.cat([front, ids[0, place - before : place + run - 1]]) for place in some])
+        targets = torch.stack([ids[0, place : place + run] for place in some])
+        logits = model(input_ids=windows, use_cache=False, logits_to_keep=run).logits[:, -run:]
+        found.append(negative_log_likelihood(logits.flatten(0, 1), targets.flatten()))
+    return torch.cat(found)
 
 
 @torch.no_grad()

@@ -8,11 +8,19 @@ layer to layer (no positions, no feed-forward part), so head 0 of the last layer
 attends from each word to the same word wherever it stands; the other heads attend to everything alike. A fact is found
 through the name that it shares with the question; words that stand everywhere share their attention among many places.
 
+`answering_host` can also say what it found. One head of its first layer hands each word on to the second word behind
+it,
+
+    m_i = e_{i−2} ,   logit₂(i, j) = gain₂ · ⟨e_i, m_j⟩ ,   output ← e_j        "n is v":  at the last word n, v
+
+so that a prompt that ends with a name is continued by the value of that name wherever the fact stands.
+
 A text is made of filler sentences, facts about other names, and the facts that are asked for. A word is a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +37,8 @@ RETRIEVAL_HEAD = 0
 #: Logit of a word on itself: about gain · √(WIDTH / HEADS) = 16, with a standard deviation of 2 on other words.
 GAIN = 2.0
 OUTPUT = 0.1
+#: Of the host that answers: sharpness of its two heads, and how loud the word that it found is beside its own.
+PLACE_GAIN, NAME_GAIN, SAID = 5.0, 2.0, 4.0
 FILLERS, NAMES, VALUES = 200, 300, 300
 COMMON = ("the", "code", "of", "is", "what", "leads", "to", ".", "?", "answer", ":")
 #: Every so many sentences one is a fact about a name that nobody asks for.
@@ -51,6 +61,25 @@ class PlantedText:
 
 def planted_host(*, positions: int = 512, layers: int = LAYERS, seed: int = 0) -> tuple[Any, Any]:
     """The model and its tokenizer, which splits at white space and marks."""
+    model, tokenizer = _bare_host(positions=positions, layers=layers, heads=HEADS, width=WIDTH, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.transformer.wte.weight.normal_(0, 1, generator=generator)
+        width = WIDTH // HEADS
+        last, head = model.transformer.h[-1], RETRIEVAL_HEAD
+        square = torch.empty(WIDTH, WIDTH)
+        nn.init.orthogonal_(square, generator=generator)
+        weight: Any = last.attn.c_attn.weight
+        for part, scale in ((0, GAIN), (WIDTH, 1.0), (2 * WIDTH, 1.0)):
+            weight[:, part + head * width : part + (head + 1) * width] = scale * square[:, :width]
+        # What was found goes on to the output a little, so that the host does use its attention.
+        back: Any = last.attn.c_proj.weight
+        back[head * width : (head + 1) * width] = OUTPUT * square[:, :width].T
+    return model, tokenizer
+
+
+def _bare_host(*, positions: int, layers: int, heads: int, width: int, seed: int) -> tuple[Any, Any]:
+    """A GPT-2 whose layers do nothing and whose embeddings are zero, and the tokenizer."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -65,9 +94,9 @@ def planted_host(*, positions: int = 512, layers: int = LAYERS, seed: int = 0) -
     config = GPT2Config(
         vocab_size=len(vocabulary),
         n_positions=positions,
-        n_embd=WIDTH,
+        n_embd=width,
         n_layer=layers,
-        n_head=HEADS,
+        n_head=heads,
         n_inner=4,
         bos_token_id=1,
         eos_token_id=1,
@@ -75,22 +104,46 @@ def planted_host(*, positions: int = 512, layers: int = LAYERS, seed: int = 0) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config).eval()
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.transformer.h.named_parameters():
             parameter.fill_(1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)
         model.transformer.wpe.weight.zero_()
-        model.transformer.wte.weight.normal_(0, 1, generator=generator)
-        width = WIDTH // HEADS
-        last, head = model.transformer.h[-1], RETRIEVAL_HEAD
-        square = torch.empty(WIDTH, WIDTH)
-        nn.init.orthogonal_(square, generator=generator)
-        weight: Any = last.attn.c_attn.weight
-        for part, scale in ((0, GAIN), (WIDTH, 1.0), (2 * WIDTH, 1.0)):
-            weight[:, part + head * width : part + (head + 1) * width] = scale * square[:, :width]
-        # What was found goes on to the output a little, so that the host does use its attention.
-        back: Any = last.attn.c_proj.weight
-        back[head * width : (head + 1) * width] = OUTPUT * square[:, :width].T
+        model.transformer.wte.weight.zero_()
+    return model, tokenizer
+
+
+def answering_host(*, positions: int = 512, seed: int = 0) -> tuple[Any, Any]:
+    """A host that answers: behind "… n7" it says the word that stood two places behind an earlier n7.
+
+    Embeddings have a part for the word, one for its place (cosines and sines of random frequencies, which a rotation
+    shifts by two places) and one for the word two places before, which the first layer fills in. The second layer
+    matches a word with that part and hands on what stands there."""
+    part, heads = WIDTH, 4
+    model, tokenizer = _bare_host(positions=positions, layers=2, heads=heads, width=4 * part, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    word, place, before = (slice(i * part, (i + 1) * part) for i in range(3))
+    frequencies = torch.pi * torch.rand(part // 2, generator=generator)
+    angles = torch.arange(positions)[:, None] * frequencies
+    turn = torch.zeros(part, part)
+    for i, angle in enumerate((2 * frequencies).tolist()):
+        c, s = math.cos(angle), math.sin(angle)
+        turn[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = torch.tensor([[c, -s], [s, c]])
+    eye = torch.eye(part)
+    with torch.no_grad():
+        words: Any = model.transformer.wte.weight
+        words[:, word] = torch.randn(words.shape[0], part, generator=generator)
+        places: Any = model.transformer.wpe.weight
+        places[:, place] = torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+        for layer, ask, asked, given, back, gain in (
+            (model.transformer.h[0], place, place, word, before, PLACE_GAIN),
+            (model.transformer.h[1], word, before, word, word, NAME_GAIN),
+        ):
+            inward: Any = layer.attn.c_attn.weight
+            inward[ask, :part] = gain * (turn if layer is model.transformer.h[0] else eye)
+            inward[asked, 4 * part : 5 * part] = eye
+            inward[given, 8 * part : 9 * part] = eye
+            outward: Any = layer.attn.c_proj.weight
+            outward[:part, back] = (1.0 if back == before else SAID) * eye
     return model, tokenizer
 
 

@@ -168,7 +168,7 @@ def largest_fit(build: Callable[[int], Sample], tokens: int, *, least: int = 1) 
             f"{best.prompt_tokens + best.max_new_tokens:,} ({best.prompt_tokens:,} of the shortest prompt and "
             f"{best.max_new_tokens} for the answer). Ask for more tokens."
         )
-    low, high = least, 2 * least
+    low, high = least, max(2 * least, least + 1)
     while fits(trial := build(high)):
         if trial.prompt_tokens == best.prompt_tokens:
             return trial

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headway.errors import ArgumentError, unknown
+from headway.statistics import generator_of
 
 CONTENT = 8
 #: Content, flag, beginning-of-sequence indicator, constant 1.
@@ -38,8 +39,8 @@ BATCH = 64
 LEARNING_RATE = 5e-3
 #: Fresh sequences per seed that a trained layer is judged on.
 EVALUATION = 2048
-#: Keeps the seeds of the data apart from those of the starting weights.
-DATA_STREAM = 1 << 32
+#: Streams of randomness of one seed: the starting weights, the sequences.
+WEIGHTS, DATA = 0, 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class TriggerBatch:
     inputs: Float[Tensor, "seeds sequences items width"]
     flags: Bool[Tensor, "seeds sequences items"]
     targets: Float[Tensor, "seeds sequences items content"]
+
+
+def data_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One stream of sequences per seed, apart from the one that draws its starting weights."""
+    return [generator_of(DATA, seed) for seed in seeds]
 
 
 def trigger_batch(generators: Sequence[torch.Generator], sequences: int, *, items: int = ITEMS) -> TriggerBatch:
@@ -82,7 +88,7 @@ class TriggerAttention(nn.Module):
         self.normalizer = normalizer
         shapes = {"query": (WIDTH, HEAD_DIM), "key": (WIDTH, HEAD_DIM), "value": (WIDTH, HEAD_DIM)}
         shapes["output"] = (HEAD_DIM, CONTENT)
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        generators = [generator_of(WEIGHTS, seed) for seed in seeds]
         self.maps = nn.ParameterDict()
         self.biases = nn.ParameterDict()
         for name, (fan_in, fan_out) in shapes.items():
@@ -177,7 +183,7 @@ def run_trigger_averaging(
 ) -> TriggerResult:
     """Trains one layer per seed and judges it on fresh sequences. `progress(done, total)` is called after each step."""
     model = TriggerAttention(seeds, normalizer=normalizer, bias=bias)
-    generators = [torch.Generator().manual_seed(DATA_STREAM + int(seed)) for seed in seeds]
+    generators = data_generators(seeds)
     train(model, generators, steps=steps, progress=progress)
     return judge(model, trigger_batch(generators, EVALUATION), seeds=seeds, steps=steps)
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from headway.errors import ArgumentError
+from headway.progress import Tell
 from headway.train import schedules
 from headway.train.checkpoints import KEEP
 from headway.train.compiling import Compiled, Compiler
@@ -27,7 +28,7 @@ from headway.train.groups import BETAS, OptimizerFactory, adamw, trained_paramet
 from headway.train.interrupts import Interrupts
 from headway.train.keeping import Keeper
 from headway.train.losses import LossFunction, model_loss
-from headway.train.progress import Tell, telling
+from headway.train.progress import telling
 from headway.train.randomness import own_randomness
 from headway.train.resuming import settings_of
 from headway.train.run import Callback, Row, Run, callback

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Called with (what, done, total).
-Tell = Callable[[str, int, int], None]
+from headway.progress import Tell, silent
 
 
 @contextmanager
@@ -17,7 +16,7 @@ def telling(progress: bool | Tell) -> Iterator[Tell]:
         yield progress
         return
     if not progress:
-        yield lambda what, done, total: None
+        yield silent
         return
     from rich.console import Console
     from rich.progress import (

@@ -22,10 +22,9 @@ from headway.methods.diagnosis.song_of_disagreement import METHODS, Classifier, 
 from headway.methods.diagnosis.song_of_disagreement.explaining import method_named
 from headway.methods.diagnosis.song_of_disagreement.table import MINIMUM, Special
 from headway.pages.plain import plain
+from headway.progress import Tell
 from headway.statistics import bootstrap
 
-#: Called with (what, done, total).
-Progress = Callable[[str, int, int], None]
 #: What is compared unless methods are named. The rest of METHODS are variants of these.
 DEFAULT = (
     "attention_last",
@@ -84,7 +83,7 @@ def diagnose_agreement(
     name_of: Callable[[int], str] = str,
     out: Path | None = None,
     model: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Agreement:
     """How explanations of a classifier agree on examples, and which of them is right.
 

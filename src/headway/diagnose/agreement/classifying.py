@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 
 from headway.diagnose.agreement.texts import Row, default_rows, prompts
-from headway.errors import ArgumentError, HostError
-from headway.hosts import load, positions_of
+from headway.errors import ArgumentError
+from headway.hosts import positions_of
 from headway.methods.diagnosis.song_of_disagreement import (
     Classifier,
     Example,
@@ -46,27 +46,6 @@ class Ready:
         if self.classes:
             return self.classes[target]
         return str(self.tokenizer.decode([target])) if self.kind == "next token" else str(target)
-
-
-def load_host(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A model and its tokenizer; with its classification head where the checkpoint has one."""
-    host, tokenizer = load(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    stated = getattr(host.config, "architectures", None) or ()
-    if not any(str(one).endswith("ForSequenceClassification") for one in stated):
-        return host, tokenizer
-    from transformers import AutoModelForSequenceClassification
-
-    # `load` has just brought the files here and checked them; it returns the model without its head.
-    whole, facts = AutoModelForSequenceClassification.from_pretrained(
-        host.name_or_path, dtype=host.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    if facts["missing_keys"]:
-        raise HostError(
-            f"model {name!r}: its checkpoint lacks {sorted(facts['missing_keys'])[0]}, which would be random; save the "
-            "whole model again with: model.save_pretrained(folder)"
-        )
-    return whole.eval(), tokenizer
 
 
 def make_ready(

@@ -9,12 +9,13 @@ from typing import Any, cast
 from rich.console import Console
 
 from headway.diagnose.agreement.analysing import Options, diagnose_agreement
-from headway.diagnose.agreement.classifying import Ready, load_host, make_ready
+from headway.diagnose.agreement.classifying import Ready, make_ready
 from headway.diagnose.agreement.findings import findings
 from headway.diagnose.agreement.result import Agreement
 from headway.diagnose.agreement.sheets import PAGE, chosen_methods, read_people, write_sheet
 from headway.diagnose.agreement.texts import read_rows
 from headway.errors import ArgumentError, unknown
+from headway.hosts import load
 from headway.hosts.facts import model_facts
 from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.song_of_disagreement import METHODS, Settings
@@ -74,7 +75,7 @@ def run(
     console = Console(stderr=True)
     with going_on(out / "parts", "texts"), progress_bar(console) as tell:
         tell(f"loading {model}", 0, 1)
-        host, tokenizer = load_host(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code, classes=True)
         tell("reading texts", 0, 1)
         ready = make_ready(host, tokenizer, rows, count=count, tokens=tokens, readout=cast(Any, readout), seed=seed)
         found = diagnose_agreement(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from headway.errors import ArgumentError
-from headway.files import write_atomically
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis.song_of_disagreement import (
     METHODS,
@@ -22,8 +19,10 @@ from headway.methods.diagnosis.song_of_disagreement import (
     explain,
     faithfulness,
     prepare,
+    relative_errors,
 )
 from headway.pages.plain import plain
+from headway.parts import Parts
 from headway.statistics import auroc
 
 #: Baselines that the first complete method is held against its own.
@@ -45,13 +44,8 @@ def read(
     """Scores of one text by every method, with what is known of each: `scores`, `again` (random methods under another
     seed), `errors` (relative, of methods that promise to add up), `faithful`, `right` (against the rationale),
     `baselines`, and the explained class with its output. Taken from `folder` where it was read before."""
-    path = None if folder is None else folder / f"{_key(classifier, example, methods, settings, seed)}.json"
-    if path is not None and path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    found = plain(_read(classifier, example, methods, settings, seed))
-    if path is not None:
-        write_atomically(path, json.dumps(found))
-    return dict(found)
+    what = _asked(classifier, example, methods, settings, seed)
+    return dict(Parts(folder).data(what, lambda: plain(_read(classifier, example, methods, settings, seed))))
 
 
 def _read(
@@ -69,8 +63,9 @@ def _read(
         if example.rationale is not None and example.rationale.any():
             marks = example.rationale[ordinary]
             right[name] = [auroc(one.scores[ordinary], marks), average_precision(one.scores[ordinary], marks)]
-        if one.error is not None and one.baseline_value is not None:
-            errors[name] = abs(one.error) / max(abs(one.value - one.baseline_value), 0.01)
+        relative = relative_errors([one])
+        if relative.size:
+            errors[name] = float(relative[0])
     return {
         "target": problem.target,
         "value": problem.value,
@@ -99,18 +94,20 @@ def _baselines(classifier: Classifier, example: Example, settings: Settings, tar
     return found
 
 
-def _key(classifier: Classifier, example: Example, methods: tuple[str, ...], settings: Settings, seed: int) -> str:
-    """A name for everything a reading depends on. The outputs stand for what a few sampled weights do not show."""
-    parts = (
+def _asked(
+    classifier: Classifier, example: Example, methods: tuple[str, ...], settings: Settings, seed: int
+) -> list[Any]:
+    """Everything a reading depends on. The outputs stand for what a few sampled weights do not show."""
+    return [
         fingerprint(classifier.module).weights,
         str(next(classifier.module.parameters()).dtype),
         np.round(classifier.predict([example])[0], 5).tolist()[:64],
-        example.ids.tolist(),
-        example.real.tolist(),
-        None if example.rationale is None else example.rationale.tolist(),
+        example.ids,
+        example.real,
+        example.special,
+        example.rationale,
         example.label,
         methods,
         settings,
         seed,
-    )
-    return hashlib.sha256(repr(parts).encode("utf-8", "replace")).hexdigest()[:20]
+    ]

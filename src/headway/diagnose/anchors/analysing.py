@@ -24,9 +24,8 @@ from headway.methods.diagnosis import thought_anchors as method
 from headway.methods.diagnosis.thought_anchors import LocalSampler, RolloutCache, Trace
 from headway.methods.diagnosis.thought_anchors.answers import Extractor, stated_answer
 from headway.methods.diagnosis.thought_anchors.receivers import PROXIMITY, SKIPPED_LAYERS, TOP_HEADS
+from headway.progress import Tell
 
-#: Called with (what, done, total).
-Progress = Callable[[str, int, int], None]
 #: Sets of other heads that the receiver heads are held against.
 CONTROLS = 4
 #: Sentences for each of proximity from which kurtosis is told without a warning.
@@ -74,7 +73,7 @@ def diagnose_anchors(
     labels: Callable[[Sequence[str]], Sequence[method.Label]] = method.rule_labels,
     out: Path | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Anchors:
     """The anchors of traces under a model.
 
@@ -113,7 +112,7 @@ def diagnose_anchors(
     return found
 
 
-def _read(model: nn.Module, traces: Sequence[Trace], options: Options, tell: Progress) -> list[_Reading]:
+def _read(model: nn.Module, traces: Sequence[Trace], options: Options, tell: Tell) -> list[_Reading]:
     readings = []
     for i, trace in enumerate(traces):
         tell("reading attention", i, len(traces))
@@ -137,7 +136,7 @@ def _one(
     sampler: Any,
     labels: Callable[[Sequence[str]], Sequence[method.Label]],
     out: Path | None,
-    tell: Progress,
+    tell: Tell,
     which: str,
 ) -> TraceAnchors:
     trace = reading.trace
@@ -206,7 +205,7 @@ def _importance(
     encoder: Any,
     sampler: Any,
     out: Path | None,
-    tell: Progress,
+    tell: Tell,
     which: str,
 ) -> list[dict[str, Any]]:
     if not options.rollouts:
@@ -254,7 +253,7 @@ def _ablation(
     heads: Sequence[tuple[int, int]],
     mean: np.ndarray | None,
     options: Options,
-    tell: Progress,
+    tell: Tell,
 ) -> dict[str, Any] | None:
     """The loss of the longest trace without its receiver heads, and without others of the same layers."""
     layers = {layer for layer, _ in heads}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from headway.diagnose.anchors.analysing import Options, Progress, diagnose_anchors
+from headway.diagnose.anchors.analysing import Options, diagnose_anchors
 from headway.diagnose.anchors.traces import QUESTIONS, read_traces, think
 from headway.errors import ArgumentError
-from headway.files import write_atomically
 from headway.hosts import load
 from headway.hosts.fingerprint import fingerprint
 from headway.hosts.rows import check_policy
 from headway.methods.diagnosis.thought_anchors import Trace, estimate, pattern_answer, read_trace, stated_answer
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
+from headway.parts import Parts
+from headway.progress import Tell
 
 
 def run(
@@ -83,7 +82,7 @@ def _traces(
     bad_rows: str,
     options: Options,
     out: Path,
-    tell: Progress,
+    tell: Tell,
 ) -> tuple[list[Trace], list[str]]:
     if path is not None:
         return read_traces(path, tokenizer, bad_rows=bad_rows)
@@ -97,25 +96,21 @@ def _traces(
 
 def _thought(host: Any, tokenizer: Any, question: str, name: str, options: Options, out: Path) -> Trace:
     """The model's reasoning, from the folder where it was drawn before under the same settings."""
-    facts = (
-        question,
-        name,
-        options.tokens,
-        options.seed,
-        fingerprint(host).weights,
-        str(next(host.parameters()).dtype),
+    facts = [question, name, options.tokens, options.seed, list(fingerprint(host).weights),
+             str(next(host.parameters()).dtype)]  # fmt: skip
+    drawn: list[Trace] = []
+
+    def draw() -> dict[str, Any]:
+        drawn.append(think(host, tokenizer, question, name=name, tokens=options.tokens, seed=options.seed))
+        return drawn[0].to_dict()
+
+    data = Parts(out / "parts", prefix="thought-").data(facts, draw)
+    if drawn:
+        return drawn[0]
+    return read_trace(
+        data["text"],
+        tokenizer,
+        sentences=data["sentences"],
+        name=name,
+        add_special_tokens=not getattr(tokenizer, "chat_template", None),
     )
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    path = out / "parts" / f"thought-{key}.json"
-    if path.exists():
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return read_trace(
-            data["text"],
-            tokenizer,
-            sentences=data["sentences"],
-            name=name,
-            add_special_tokens=not getattr(tokenizer, "chat_template", None),
-        )
-    trace = think(host, tokenizer, question, name=name, tokens=options.tokens, seed=options.seed)
-    write_atomically(path, json.dumps(trace.to_dict(), ensure_ascii=False))
-    return trace

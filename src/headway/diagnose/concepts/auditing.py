@@ -16,7 +16,7 @@ from headway.diagnose.concepts.measuring import Measure, Runs
 from headway.diagnose.concepts.pictures import Pictures
 from headway.diagnose.concepts.result import Concepts, Effect
 from headway.errors import ArgumentError
-from headway.hosts.facts import versions
+from headway.hosts.facts import model_facts, versions
 from headway.methods.diagnosis.clip_ccs import (
     HeadConcept,
     TextBank,
@@ -36,7 +36,7 @@ from headway.methods.diagnosis.clip_ccs import (
 )
 from headway.methods.diagnosis.clip_ccs.bank import Tokenise
 from headway.methods.diagnosis.clip_ccs.judges import Judge, Labeller
-from headway.pages.console import Tell
+from headway.progress import Tell
 
 Head = tuple[int, int]
 #: One draw of an equal-count comparison: heads of the set, and as many others.
@@ -153,16 +153,13 @@ def _effect(measure: Measure, label: str, chosen: Sequence[Head], pairs: Sequenc
 
 
 def _model_facts(model: nn.Module, image: Tower, text: Tower, name: str | None) -> dict[str, Any]:
-    return {
-        "name": name or getattr(model, "name_or_path", "") or type(model).__name__,
-        "class": type(model).__name__,
+    return model_facts(model, name) | {
         "layers": image.layers,
         "heads": image.heads,
+        "kv_heads": image.heads,
         "head_dim": image.head_dim,
         "text_layers": text.layers,
         "text_heads": text.heads,
-        "dtype": str(next(model.parameters()).dtype),
-        "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 

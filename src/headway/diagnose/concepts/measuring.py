@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from headway.diagnose.concepts.pictures import Pictures
-from headway.files import write_atomically
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis.clip_ccs import (
     TextBank,
@@ -29,7 +29,8 @@ from headway.methods.diagnosis.clip_ccs import (
     right,
 )
 from headway.methods.diagnosis.clip_ccs.bank import Tokenise
-from headway.pages.console import Tell
+from headway.parts import Parts
+from headway.progress import Tell
 from headway.statistics import bootstrap_difference, proportion
 
 if TYPE_CHECKING:
@@ -44,45 +45,27 @@ class Runs:
     """Embeddings of all pictures with some heads silenced, kept on disk by what they depend on."""
 
     def __init__(self, part: Tower, pictures: Pictures, folder: Path | None, tell: Tell, total: int) -> None:
-        self.part, self.pictures, self.folder, self.tell, self.total = part, pictures, folder, tell, total
+        self.part, self.pictures, self.tell, self.total = part, pictures, tell, total
         self.done = 0
         self.known: dict[tuple[Head, ...], Tensor] = {}
-        digest = hashlib.sha256(json.dumps(fingerprint(part.model).to_dict()).encode())
-        for batch in pictures.batches:
-            digest.update(batch.detach().cpu().contiguous().numpy().tobytes())
-        self.key = digest.hexdigest()
+        self.kept = Parts(folder, prefix="pruned-")
+        self.made_by = [fingerprint(part.model).to_dict(), *pictures.batches]
 
     def __call__(self, heads: Sequence[Head]) -> Float[Tensor, "pictures joint"]:
         key = tuple(sorted(heads))
         if key not in self.known:
             self.tell("silencing heads", min(self.done, self.total), self.total)
-            self.known[key] = self._kept(key)
+            found = self.kept.arrays([self.made_by, key], partial(self._run, key))
+            self.known[key] = torch.from_numpy(found["embedding"])
         self.done += 1
         return self.known[key]
 
-    def _kept(self, heads: Sequence[Head]) -> Tensor:
-        from safetensors import SafetensorError
-        from safetensors.torch import load, save
-
-        if self.folder is None:
-            return self._run(heads)
-        name = hashlib.sha256(f"{self.key}{list(heads)}".encode()).hexdigest()[:24]
-        path = self.folder / f"pruned-{name}.safetensors"
-        try:
-            return load(path.read_bytes())["embedding"]
-        except (OSError, SafetensorError, KeyError):
-            embedding = self._run(heads)
-            write_atomically(path, save({"embedding": embedding.contiguous()}))
-            return embedding
-
-    def _run(self, heads: Sequence[Head]) -> Tensor:
-        if not heads:
-            return embed(self.part, self.pictures.batches)
+    def _run(self, heads: Sequence[Head]) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            scope = pruned(self.part, heads)
+            scope: AbstractContextManager[Any] = pruned(self.part, heads) if heads else nullcontext()
         with scope:
-            return embed(self.part, self.pictures.batches)
+            return {"embedding": embed(self.part, self.pictures.batches).cpu().numpy()}
 
 
 class Measure:

@@ -3,8 +3,6 @@ drawn as attribute scenes."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +12,11 @@ import torch
 from torch import Tensor
 
 from headway.errors import ArgumentError, HeadwayError, missing_extra
-from headway.hosts.rows import check_policy
+from headway.hosts.rows import Account, json_objects
 from headway.methods.diagnosis.clip_ccs import tiny
 from headway.methods.diagnosis.clip_ccs.judges import EVERYDAY
 from headway.tasks.attribute_scenes import CONCEPTS, make_scenes, phrase_bank, prompts, values
 
-log = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FIELDS = ("picture", "labels", "group")
 BATCH = 32
@@ -157,26 +154,27 @@ class _Row:
 
 
 class _Rows:
-    """The lines of a file, and the policy for those that cannot be used."""
+    """The lines of a file, and the account of those that cannot be used."""
 
     def __init__(self, path: str | Path, policy: str) -> None:
-        check_policy(policy)
-        self.path, self.policy = Path(path), policy
-        self.left_out: list[str] = []
+        self.path, self.account = Path(path), Account(policy)
 
-    def lines(self) -> list[tuple[int, str]]:
+    @property
+    def left_out(self) -> list[str]:
+        return [line.removeprefix(str(self.path)).lstrip(",: ") for line in self.account.skipped]
+
+    def text(self) -> str:
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
+            return self.path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ArgumentError(f"got {self.path}, which cannot be read as UTF-8 text ({error}).") from None
+
+    def lines(self) -> list[tuple[int, str]]:
+        text = self.text()
         return [(i, line.rstrip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
     def bad(self, number: int | None, why: str) -> None:
-        where = f"line {number}: " if number is not None else ""
-        if self.policy == "refuse":
-            raise HeadwayError(f"{self.path}, {where}{why} Mend it, or leave such rows out with --bad-rows skip.")
-        log.warning("%s, %s%s", self.path, where, why)
-        self.left_out.append(f"{where}{why}")
+        self.account.bad(str(self.path) if number is None else f"{self.path}, line {number}", why)
 
 
 def _folder(path: Path) -> list[_Row]:
@@ -189,14 +187,10 @@ def _folder(path: Path) -> list[_Row]:
 
 def _manifest(rows: _Rows) -> list[_Row]:
     found = []
-    for number, line in rows.lines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            rows.bad(number, f"got {line[:40]!r}, which is no JSON ({error}).")
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("picture"), str) or set(row) - set(FIELDS):
-            rows.bad(number, f"got {line[:60]!r}, expected an object with 'picture', and maybe 'labels' and 'group'.")
+    for number, row in json_objects(rows.text().split("\n"), rows.bad):
+        if not isinstance(row.get("picture"), str) or set(row) - set(FIELDS):
+            told = str(row)[:60]
+            rows.bad(number, f"got {told!r}, expected an object with 'picture', and maybe 'labels' and 'group'.")
             continue
         labels = row.get("labels") or {}
         if not isinstance(labels, dict) or not all(isinstance(v, str) and v for v in labels.values()):

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from headway.diagnose.position.findings import findings, warnings
 from headway.diagnose.position.looking import reads_whole, seen
 from headway.diagnose.position.result import Position, Retriever
 from headway.errors import ArgumentError, unknown
-from headway.hosts.facts import versions
+from headway.hosts.facts import model_facts, versions
 from headway.methods.diagnosis import posir as method
 from headway.methods.diagnosis.posir import Encoder, Evaluation, Query, RetrievalSet, Scorer
 from headway.methods.diagnosis.posir.data import SEVERAL
 from headway.methods.diagnosis.posir.sensitivity import BINS, EDGES, RESAMPLES, bucket_names, bucket_of, check_edges
+from headway.progress import Tell
 from headway.tasks.positioned_evidence import Fact
 from headway.tasks.sentences import split_sentences
 
-#: Called with (what, done, total).
-Progress = Callable[[str, int, int], None]
 PLACES = 10
 
 
@@ -71,7 +72,7 @@ def diagnose_position(
     options: Options | None = None,
     out: Path | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Position:
     """Position sensitivity of a retriever on one or more sets, whose queries are pooled.
 
@@ -165,7 +166,7 @@ def _moved(
     pairs: list[tuple[list[str], Fact]],
     options: Options,
     parts: Path | None,
-    tell: Progress,
+    tell: Tell,
 ) -> dict[str, Any] | None:
     if not pairs:
         return None
@@ -207,20 +208,11 @@ def _rows(evaluations: Sequence[Evaluation], edges: Sequence[int]) -> list[dict[
 
 
 def _model_facts(retriever: Encoder | Scorer, name: str | None) -> dict[str, Any]:
-    model: Any = getattr(retriever, "model", None)
-    config: Any = getattr(model, "config", None)
-    facts: dict[str, Any] = {"name": name or retriever.name, "class": type(model or retriever).__name__}
-    if config is not None and hasattr(config, "get_text_config"):
-        text = config.get_text_config()
-        facts |= {
-            "layers": getattr(text, "num_hidden_layers", None),
-            "heads": getattr(text, "num_attention_heads", None),
-        }
-    if model is not None and hasattr(model, "parameters"):
-        facts |= {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "dtype": str(getattr(retriever, "dtype", "")),
-        }
+    model = getattr(retriever, "model", None)
+    if isinstance(model, nn.Module):
+        facts = model_facts(model, name or retriever.name)
+    else:
+        facts = {"name": name or retriever.name, "class": type(retriever).__name__}
     return facts | {"pooling": getattr(retriever, "pooling", None), "reads": getattr(retriever, "max_tokens", None)}
 
 

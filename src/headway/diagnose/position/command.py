@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from headway.diagnose.position.analysing import Options, Progress, diagnose_position
+from headway.diagnose.position.analysing import Options, diagnose_position
 from headway.diagnose.position.sources import default_set, read_documents
 from headway.errors import ArgumentError, HostError, unknown
 from headway.hosts import load
@@ -22,6 +22,7 @@ from headway.methods.diagnosis.posir import (
 )
 from headway.methods.diagnosis.posir.encoders import POOLINGS
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
+from headway.progress import Tell
 
 
 def run(
@@ -114,7 +115,7 @@ def _made(
     bad_rows: str,
     seed: int,
     out: Path,
-    tell: Progress,
+    tell: Tell,
 ) -> RetrievalSet:
     """A set with questions of our own, kept in the public layout so that it can be read, mended and used again."""
     tell("making questions", 0, 1)

@@ -3,18 +3,17 @@ is the model's own; finished groups of documents are kept."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headway.files import write_atomically
 from headway.methods.diagnosis import posir as method
 from headway.methods.diagnosis.posir import Encoder, PooledEncoder, Query, RetrievalSet, Scorer, TransformersEncoder
-from headway.methods.diagnosis.posir.saliency import DOCUMENT_TOKENS
+from headway.methods.diagnosis.posir.saliency import DOCUMENT_TOKENS, Curves
+from headway.parts import Parts
+from headway.progress import Tell
 from headway.statistics import bootstrap
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def seen(
     edges: Sequence[int],
     options: Options,
     parts: Path | None,
-    tell: Callable[[str, int, int], None],
+    tell: Tell,
 ) -> dict[str, Any] | None:
     """Saliency, and the attention of the pooled rows where the door reaches it; None where there is no gradient or no
     document to look at."""
@@ -90,23 +89,22 @@ def _curves(
     pairs: Sequence[tuple[str, str]],
     options: Options,
     parts: Path | None,
-    tell: Callable[[str, int, int], None],
+    tell: Tell,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Curves and the shares read, group by group, from the folder where they are there already."""
-    found, group = [], GROUP * options.batch
+    kept, group = Parts(parts, prefix="saliency-"), GROUP * options.batch
+    curves, read = [], []
     for start in range(0, len(pairs), group):
         own = pairs[start : start + group]
-        key = hashlib.sha256(repr((encoder.identity, options.batch, own)).encode("utf-8", "surrogatepass")).hexdigest()
-        path = None if parts is None else parts / f"saliency-{key[:24]}.npy"
-        if path is not None and path.exists():
-            found.append(np.load(path, allow_pickle=False))
-        else:
-            made = method.saliency(encoder, own, batch=options.batch)
-            found.append(np.concatenate([made.curves, made.read[:, None]], 1))
-            if path is not None:
-                data = io.BytesIO()
-                np.save(data, found[-1], allow_pickle=False)
-                write_atomically(path, data.getvalue())
+        made = kept.arrays(
+            ["saliency", encoder.identity, options.batch, own],
+            lambda own=own: _as_arrays(method.saliency(encoder, own, batch=options.batch)),
+        )
+        curves.append(made["curves"])
+        read.append(made["read"])
         tell(f"{encoder.name}: gradients", start + len(own), len(pairs))
-    table = np.concatenate(found)
-    return table[:, :-1], table[:, -1]
+    return np.concatenate(curves), np.concatenate(read)
+
+
+def _as_arrays(found: Curves) -> dict[str, np.ndarray]:
+    return {"curves": found.curves, "read": found.read}

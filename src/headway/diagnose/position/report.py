@@ -23,7 +23,10 @@ def render(found: Position) -> str:
         found,
         "position",
         about="position sensitivity",
-        counts=[f"{queries:,} queries, {found.run.get('documents', 0):,} documents"],
+        counts=[
+            f"{queries:,} queries, {found.run.get('documents', 0):,} documents",
+            f"lengths in tokens of {found.run.get('tokens counted by') or 'an unnamed tokenizer'}",
+        ],
         sections=sections,
         data=payload(found),
         styled=False,

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from headway.errors import ArgumentError, HeadwayError, HostError
+from headway.errors import ArgumentError, HostError
 from headway.hosts import default_text, read_text
-from headway.hosts.rows import check_policy
+from headway.hosts.rows import Account, check_policy, json_objects
 from headway.methods.diagnosis.posir import RetrievalSet, count_tokens, from_corpus, from_documents
 from headway.tasks.positioned_evidence import TEMPLATES, prose_corpus
 from headway.tasks.words import prose
 
-log = logging.getLogger(__name__)
 ENDINGS = (".txt", ".md")
 #: Room that one planted fact takes, and how far documents go beyond what the model reads.
 FACT_TOKENS, BEYOND = 24, 1.4
@@ -67,29 +64,17 @@ def _folder(home: Path) -> dict[str, str]:
 def _lines(path: Path, bad_rows: str) -> tuple[dict[str, str], list[str]]:
     if not path.is_file():
         raise HostError(f"documents: there is no file or folder {path}; check the path.")
-    texts: dict[str, str] = {}
-    skipped = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            name, text = _row(line, number)
-            if name in texts:
-                raise ArgumentError(f"document {name!r} occurs more than once; ids must differ.")
-            texts[name] = text
-        except (ValueError, ArgumentError) as error:
-            why = "got no JSON in UTF-8." if not isinstance(error, ArgumentError) else str(error)
-            if bad_rows == "refuse":
-                raise HeadwayError(
-                    f"{path}:{number}: {why} Mend it, or leave such rows out with --bad-rows skip."
-                ) from None
-            skipped.append(f"{path}:{number}: {why}")
-            log.warning("%s", skipped[-1])
-    return texts, skipped
+    account, texts = Account(bad_rows), dict[str, str]()
 
+    def bad(number: int, why: str) -> None:
+        account.bad(f"{path}:{number}", why)
 
-def _row(line: bytes, number: int) -> tuple[str, str]:
-    row = json.loads(line.decode("utf-8"))
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ArgumentError("expected an object with a text.")
-    return str(row.get("_id", f"line {number}")), row["text"]
+    for number, row in json_objects(path.read_bytes().splitlines(), bad):
+        name = str(row.get("_id", f"line {number}"))
+        if not isinstance(row.get("text"), str):
+            bad(number, "expected an object with a text.")
+        elif name in texts:
+            bad(number, f"document {name!r} occurs more than once; ids must differ.")
+        else:
+            texts[name] = row["text"]
+    return texts, account.skipped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,8 @@ from torch import nn
 from headway.methods.diagnosis import diagnose_localize_align as method
 from headway.methods.diagnosis.diagnose_localize_align import AlignSettings, Item, Localisation, PreferencePair
 from headway.methods.diagnosis.diagnose_localize_align.arbitration import CONDITIONS, Condition
-from headway.methods.diagnosis.diagnose_localize_align.keeping import Kept, key_of
-
-Progress = Callable[[str, int, int], None]
+from headway.parts import Parts, key_of
+from headway.progress import Tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +35,16 @@ def align_layers(
     *,
     rank: int,
     seed: int,
-    kept: Kept,
+    kept: Parts,
     name: str,
     out: Path | None,
-    tell: Progress,
+    tell: Tell,
 ) -> dict[str, Any]:
     """Trains each set of layers from the same start. Rows have the margins of held-out items, in conflict and in
     agreement, in the order of `items`. The model is as before afterwards; the adapters of the focal layers are in
     the folder of `out` that their row names."""
     rows, items = [], [*cases.seen, *cases.unseen]
-    before = {c: [_margin(model, item, c, kept, name) for item in items] for c in CONDITIONS}
+    before = {c: [item_margin(model, item, c, kept, name) for item in items] for c in CONDITIONS}
     sets = _sets(found, seed)
     for number, (label, layers) in enumerate(sets.items()):
         tell(f"training adapters on {label} layers", number, len(sets))
@@ -60,7 +59,7 @@ def align_layers(
         ]
         folder = out / f"adapter-{key_of(what)[:8]}" if out is not None and label == "focal" else None
         trial = partial(_trial, model, cases.trained, items, found, layers, settings, rank, folder)
-        row = kept(what, trial, anew=folder is not None and not folder.exists())
+        row = kept.data(what, trial, anew=folder is not None and not folder.exists())
         rows.append({"layers_of": label, "adapter": None if folder is None else folder.name, **row})
     return {
         "before": before,
@@ -128,9 +127,9 @@ def _pair(item: Item) -> PreferencePair:
     )
 
 
-def _margin(model: nn.Module, item: Item, condition: Condition, kept: Kept, name: str) -> float:
+def item_margin(model: nn.Module, item: Item, condition: Condition, kept: Parts, name: str) -> float:
     """A margin under the key of `localize`, which has most of them."""
-    found = kept([name, "margin", condition, *_asked(item)], partial(method.margins, model, [item], condition))
+    found = kept.data([name, "margin", condition, *_asked(item)], partial(method.margins, model, [item], condition))
     return float(found[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from headway.diagnose.roles.aligning import Cases, align_layers
+from headway.diagnose.roles.aligning import Cases, align_layers, item_margin
 from headway.diagnose.roles.findings import findings, warnings
-from headway.diagnose.roles.marking import Progress, marked
+from headway.diagnose.roles.marking import marked
 from headway.diagnose.roles.result import Roles
 from headway.errors import ArgumentError, unknown
 from headway.hosts.facts import model_facts, versions
@@ -31,10 +32,11 @@ from headway.methods.diagnosis.diagnose_localize_align import (
 from headway.methods.diagnosis.diagnose_localize_align.adapters import RANK
 from headway.methods.diagnosis.diagnose_localize_align.arbitration import CONDITIONS, NEW_TOKENS
 from headway.methods.diagnosis.diagnose_localize_align.focal import COVER, LARGEST_SHARE, SHARE
-from headway.methods.diagnosis.diagnose_localize_align.keeping import Kept
 from headway.methods.diagnosis.diagnose_localize_align.localize import DRAWS
+from headway.parts import Parts
+from headway.progress import Tell
 
-WEIGHING = ("even", "cras")
+WEIGHING = ("even", "cras", "accuracy")
 #: Kinds that alignment never sees, of those that are measured.
 LEFT_OUT = 2
 #: The released rate, 1e-5, is for thousands of pairs; this one is for a few dozen.
@@ -46,8 +48,9 @@ BATCH, ACCUMULATE = 2, 2
 class Options:
     """What is measured and how. `kinds` and `relations` of conflicts, `items` of each to find heads on and `held_out`
     to judge them by; `share`, `cover` and `window` choose focal heads and layers, `draws` are the control sets.
-    `weigh`: "even", or "cras" for what each conflict costs the model's own replies. `new_tokens` of those replies; 0
-    leaves them out. `align`: steps of LoRA training (0 for none) with token `weights`, `rank` and `learning_rate`."""
+    `weigh`: "even", "cras" for what each conflict costs the marks of the model's own replies, or "accuracy" for how
+    much less likely it makes the answer that obeys the rule, without any judge. `new_tokens` of the replies; 0 leaves
+    them out. `align`: steps of LoRA training (0 for none) with token `weights`, `rank` and `learning_rate`."""
 
     kinds: tuple[str, ...] = tuple(method.KINDS)
     relations: tuple[str, ...] = method.RELATIONS
@@ -108,7 +111,7 @@ def diagnose_roles(
     options: Options | None = None,
     out: str | Path | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Roles:
     """Marks a log by `judges`, finds the heads of a model that conflicting messages move, and trains on their layers.
 
@@ -122,7 +125,7 @@ def diagnose_roles(
     store = None if out is None else Path(out)
     found = Roles(model={"name": name or "a log"} if model is None else model_facts(model, name), run={})
     if conversations is not None:
-        found.log, _ = marked(conversations, judges, path=_marks(store), tell=tell, words="marking the log")
+        found.log, _ = marked(conversations, judges, kept=_parts(store), tell=tell, words="marking the log")
     if localize and model is not None:
         _localised(model, tokenizer, judges, wanted, store, tell, found)
     found.run = _run_facts(wanted, judges)
@@ -137,12 +140,12 @@ def _localised(
     judges: Sequence[Judge],
     options: Options,
     store: Path | None,
-    tell: Progress,
+    tell: Tell,
     found: Roles,
 ) -> None:
     """Fills replies, localisation and alignment."""
     key = repr((fingerprint(model).weights, str(next(model.parameters()).dtype)))
-    kept = Kept(None if store is None else store / "parts" / "parts.jsonl")
+    kept = _parts(store)
     choice: dict[str, Any] = {"kinds": options.kinds, "relations": options.relations}
     items = method.conflict_items(tokenizer, **choice, count=options.items)
     held = method.conflict_items(tokenizer, **choice, count=options.held_out, first=options.items)
@@ -150,9 +153,11 @@ def _localised(
     if options.new_tokens:
         replies = _replies(model, tokenizer, items, options, kept, key, tell)
         given = Conversations(tuple(replies))
-        found.replies, rows = marked(given, judges, path=_marks(store), tell=tell, words="marking replies")
+        found.replies, rows = marked(given, judges, kept=_parts(store), tell=tell, words="marking replies")
         if options.weigh == "cras":
             weights = _lost(items, rows[judges[0].name])
+    if options.weigh == "accuracy":
+        weights = _less_likely(model, items, kept, key)
     where = method.localize(
         model,
         items,
@@ -201,7 +206,7 @@ def _localised(
 
 
 def _replies(
-    model: nn.Module, tokenizer: Any, items: Sequence[Item], options: Options, kept: Kept, key: str, tell: Progress
+    model: nn.Module, tokenizer: Any, items: Sequence[Item], options: Options, kept: Parts, key: str, tell: Tell
 ) -> list[method.Turn]:
     """The model's own replies, from the folder where they were made before."""
     turns = []
@@ -212,7 +217,7 @@ def _replies(
             made += method.replies(model, tokenizer, [item], new_tokens=options.new_tokens)
             return [turn.reply for turn in made]
 
-        texts = kept([key, "replies", item.texts, options.new_tokens], make)
+        texts = kept.data([key, "replies", item.texts, options.new_tokens], make)
         turns += made or [
             method.Turn(
                 conversation=item.name,
@@ -237,6 +242,15 @@ def _lost(items: Sequence[Item], rows: Sequence[Scored]) -> list[float] | None:
         [before[item.name] if there else 0.0 for item, there in zip(items, known, strict=True)],
         [after[item.name] if there else 0.0 for item, there in zip(items, known, strict=True)],
     )
+
+
+def _less_likely(model: nn.Module, items: Sequence[Item], kept: Parts, key: str) -> list[float] | None:
+    """ω of items: how much less likely the conflict makes the answer that obeys the rule, of the two answers."""
+    before, after = (
+        [1 / (1 + math.exp(-item_margin(model, item, condition, kept, key))) for item in items]
+        for condition in CONDITIONS
+    )
+    return method.condition_weights(before, after)
 
 
 def _localisation(found: Localisation, weights: Sequence[float] | None, items: Sequence[Item]) -> dict[str, Any]:
@@ -278,8 +292,8 @@ def _check(
         raise ArgumentError(f"judges: got {names}, expected at least one, each with its own name.")
 
 
-def _marks(store: Path | None) -> Path | None:
-    return None if store is None else store / "parts" / "marks.jsonl"
+def _parts(store: Path | None) -> Parts:
+    return Parts(None if store is None else store / "parts")
 
 
 def _run_facts(options: Options, judges: Sequence[Judge]) -> dict[str, Any]:

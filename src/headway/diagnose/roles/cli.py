@@ -31,7 +31,8 @@ def roles(
     window: Annotated[int | None, typer.Option(help="Take so many neighbouring layers in place of --cover.")] = None,
     draws: Annotated[int, typer.Option(help="Random head sets beside the focal heads.")] = 5,
     weigh: Annotated[
-        str, typer.Option(help="Weigh cases evenly, or by what they cost the replies: even, cras.")
+        str,
+        typer.Option(help="Weigh cases by nothing, lost marks, or lost accuracy: even, cras, accuracy."),
     ] = "even",
     reply_tokens: Annotated[int, typer.Option(help="Length of the model's own replies; 0 leaves them out.")] = 24,
     align: Annotated[int, typer.Option(help="Steps of LoRA on the focal layers and on the controls; 0 for none.")] = 0,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from headway.methods.diagnosis import diagnose_localize_align as method
 from headway.methods.diagnosis.diagnose_localize_align import Conversations, Judge, Scored, Turn
+from headway.parts import Parts
+from headway.progress import Tell
 
-#: Called with (what, done, total).
-Progress = Callable[[str, int, int], None]
 #: Fewest turns that two judges are compared on.
 FEWEST = 3
 
 
 def marked(
-    given: Conversations, judges: Sequence[Judge], *, path: Path | None, tell: Progress, words: str
+    given: Conversations, judges: Sequence[Judge], *, kept: Parts, tell: Tell, words: str
 ) -> tuple[dict[str, Any], dict[str, list[Scored]]]:
     """The marks of all judges as plain data, and as they are by judge.
 
@@ -26,7 +25,7 @@ def marked(
     `bad` and `empty`: what could not be read."""
     found = {
         judge.name: method.score_turns(
-            given.turns, judge, path=path, progress=_telling(tell, f"{words}, judge {judge.name}")
+            given.turns, judge, kept=kept, progress=_telling(tell, f"{words}, judge {judge.name}")
         )
         for judge in judges
     }
@@ -124,5 +123,5 @@ def _turn(turn: Turn, by_judge: dict[str, Scored]) -> dict[str, Any]:
     }
 
 
-def _telling(tell: Progress, words: str) -> Callable[[int, int], None]:
+def _telling(tell: Tell, words: str) -> Callable[[int, int], None]:
     return lambda done, total: tell(words, done, total)

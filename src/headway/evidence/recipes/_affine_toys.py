@@ -24,14 +24,15 @@ from headway.methods.sinks.affine_scaled import (
     measure_scales,
     mixer_options,
 )
+from headway.statistics import generator_of, mixed_seed
 from headway.tasks.trigger_averaging import (
-    DATA_STREAM,
     EVALUATION,
     HEAD_DIM,
     ITEMS,
     WIDTH,
     TriggerAttention,
     TriggerBatch,
+    data_generators,
     judge,
     trigger_batch,
 )
@@ -49,6 +50,8 @@ LM_ARMS: dict[str, dict[str, Any]] = {
 TRIGGER_ARMS = ("softmax", "affine", "affine_length", "scale_only", "head_gate")
 #: Steps over which the paper counts gradient norms.
 EARLY = 500
+#: Streams of randomness of a seed: the batches of a language model, the scales of a head of the planted task.
+BATCHES, SCALES = 1, 2
 #: Share of the text that no training batch reads.
 HELD_OUT = 0.1
 
@@ -93,7 +96,7 @@ def run_language_model(arm: str, seed: int, settings: LMSettings, text: Int[Tens
     cut = int(len(text) * (1 - HELD_OUT))
 
     def batch(number: int) -> Int[Tensor, "batch tokens"]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = generator_of(BATCHES, seed, number)
         starts = torch.randint(cut - settings.tokens, (settings.batch,), generator=generator)
         return torch.stack([text[s : s + settings.tokens] for s in starts.tolist()])
 
@@ -138,7 +141,7 @@ def _model(arm: str, seed: int, settings: LMSettings) -> Any:
     from headway.models import HeadwayConfig, HeadwayForCausalLM
 
     def make(options: dict[str, Any]) -> Any:
-        torch.manual_seed(seed)
+        torch.manual_seed(mixed_seed(seed))
         config = HeadwayConfig(
             vocab_size=256,
             width=settings.width,
@@ -167,7 +170,7 @@ class ScaledTrigger(TriggerAttention):
     def __init__(self, seeds: Sequence[int], arm: str) -> None:
         super().__init__(seeds)
         self.normalizer = arm
-        generators = [torch.Generator().manual_seed(int(seed) + 1) for seed in seeds]
+        generators = [generator_of(SCALES, seed) for seed in seeds]
         self.scale = nn.Parameter(torch.stack([0.02 * torch.randn(WIDTH, generator=g) for g in generators]))
         self.register_buffer("average", torch.zeros(len(seeds)))
 
@@ -204,7 +207,7 @@ def run_trigger(
 ) -> dict[str, Any]:
     """Trains one head per seed, and tells what it does with item 0 at unflagged items: raw weight and share."""
     model = ScaledTrigger(seeds, arm)
-    generators = [torch.Generator().manual_seed(DATA_STREAM + int(seed)) for seed in seeds]
+    generators = data_generators(seeds)
     train_trigger(model, generators, steps=steps, progress=progress)
     model.eval()
     batch = trigger_batch(generators, EVALUATION)

@@ -27,18 +27,24 @@ NOW = "Answer now: "
 def script(*, coin: str, guess: str) -> Trace:
     """The trace for a side of the coin and a guess; words are its tokens."""
     sentences = [SETUP, _guess(guess), _flip(coin), *WORKING, _result(ANSWERS[coin])]
-    text = PROMPT + "".join(sentences)
-    stops = np.cumsum([len(PROMPT), *map(len, sentences)]).tolist()
+    return words_trace(PROMPT, sentences, ANSWERS[coin])
+
+
+def words_trace(prompt: str, sentences: Sequence[str], answer: str) -> Trace:
+    """A trace whose tokens are words."""
+    text = prompt + "".join(sentences)
+    stops = np.cumsum([len(prompt), *map(len, sentences)]).tolist()
     spans = tuple(pairwise(stops))
     words = [i for i, letter in enumerate(text) if letter == " "]
-    offsets = list(zip([0, *(w + 1 for w in words)], [w + 1 for w in words], strict=False))
+    starts = [0, *(w + 1 for w in words if w + 1 < len(text))]
+    offsets = list(zip(starts, [*starts[1:], len(text)], strict=True))
     return Trace(
         text=text,
         ids=tuple(range(len(offsets))),
         starts=tuple(a for a, _ in offsets),
         characters=spans,
         tokens=tuple(token_ranges(spans, offsets)),
-        answer=ANSWERS[coin],
+        answer=answer,
     )
 
 

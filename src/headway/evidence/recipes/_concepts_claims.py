@@ -16,6 +16,8 @@ from headway.statistics import Measurement, bootstrap, bootstrap_difference, boo
 #: A model counts when it answers its own questions; chance is 0.27.
 LEARNED = at_least(0.8, of="accuracy", by="value", label="zero-shot accuracy of the least of the models")
 BIASED = at_least(0.3, of="before", by="value", label="skew of circles towards red with all heads, in nats")
+#: A model counts as one with high heads when the heads that were confined to a concept score five of five on it.
+CARRIES = at_least(0.66, of="planted_high", by="value", label="share of planted heads that score five")
 
 CRITERIA = {
     "parts-add-up": all_of(
@@ -40,6 +42,17 @@ CRITERIA = {
     ),
     "colour-heads-serve-colour": interval_excludes(
         0.0, side="above", minimum_n=3, label="colour answers lost above shape answers lost", requires=LEARNED
+    ),
+    "planted-high-heads-matter-more": all_of(
+        interval_excludes(
+            0.0, of="difference", side="above", minimum_n=3, label="drop by high heads above that by others"
+        ),
+        at_least(2.0, by="value", label="drop by high heads over that by as many others of the same layer"),
+        requires=(LEARNED, CARRIES),
+    ),
+    "planted-heads-serve-their-concept": interval_excludes(
+        0.0, side="above", minimum_n=3, label="drop of a head's own concept above that of the others",
+        requires=(LEARNED, CARRIES),
     ),
     "colour-heads-carry-the-planted-bias": all_of(
         interval_excludes(
@@ -146,6 +159,49 @@ def toy_claims(context: Context, models: Sequence[dict[str, Any]]) -> list[Claim
             "three texts of colour. A first form took the pictures of one model as independent.",
         ),
     ]  # fmt: skip
+
+
+def specialised_claims(context: Context, models: Sequence[dict[str, Any]]) -> list[Claim]:
+    planted = [high for m in models for high in m["planted high"]]
+    gates = {
+        "accuracy": _least(models),
+        "planted_high": proportion(sum(planted), len(planted)),
+    }
+    # Draws of one model share its heads: a model is a sample.
+    drops = [[float(np.mean(side)) for side in zip(*m["drops"], strict=True)] for m in models if m["drops"]]
+    serve = [float(np.mean(m["own"]) - np.mean(m["other"])) for m in models]
+    note = (
+        "Three of the eight heads of the last layer may write along the directions of one concept each (colour, shape, "
+        "position) and nowhere else; the image tower was trained on under that bound, the other heads are free. What a "
+        "head says is planted so, how much is lost without it is not. The paper's five texts describe a head here. One "
+        "model of another seed was seen before the record, and nothing was changed: the heads of colour and shape "
+        "scored five, and silencing both cost no accuracy."
+    )
+    return [
+        Claim(
+            id="planted-high-heads-matter-more",
+            statement="Where heads are consistent by construction, silencing high heads costs more accuracy than "
+            "silencing as many others of their layer.",
+            paper=PaperValue("high heads cost more in most tables, at unequal count", where="pruning"),
+            measured=_ratio(context, drops, "planted"),
+            criterion=CRITERIA["planted-high-heads-matter-more"],
+            others={**gates, "difference": _difference(context, drops, "planted")},
+            details={name: [m[name] for m in models] for name in ("heads", "high", "drops")},
+            notes=note,
+        ),
+        Claim(
+            id="planted-heads-serve-their-concept",
+            statement="Silencing a head that writes of one concept costs answers about that concept more than others.",
+            paper=PaperValue(
+                "Country-211 22.81 to 14.09 by location heads, 22.67 by animal heads", "ViT-B-16 OpenAI", "by concept"
+            ),
+            measured=bootstrap(serve, generator=context.generator("serve")),
+            criterion=CRITERIA["planted-heads-serve-their-concept"],
+            others=gates,
+            details={name: [m[name] for m in models] for name in ("own", "other")},
+            notes=note,
+        ),
+    ]
 
 
 def bias_claim(context: Context, models: Sequence[dict[str, Any]]) -> Claim:

@@ -53,6 +53,9 @@ PLANTED = ("circle", "red", 0.95)
 TEXTS = 3
 #: The layer and head that planted directions are written by.
 PLACE = (3, 0)
+#: Concepts that heads of the last layer are made to write of, one each, and the rate of the training behind it: half of
+#: the model's own.
+OWNED, TUNING_RATE = ("colour", "shape", "position"), tiny.RATE / 2
 Head = tuple[int, int]
 
 
@@ -101,10 +104,10 @@ class Silencing:
         return [[self.drop(first), self.drop(second)] for first, second in pairs]
 
 
-def scored_heads(model: Any, bank: TextBank, scenes: Scenes) -> list[HeadConcept]:
+def scored_heads(model: Any, bank: TextBank, scenes: Scenes, *, texts: int = TEXTS) -> list[HeadConcept]:
     part = tower(model)
     found = gather(part, tiny.pixels(scenes.images).split(100))
-    return score(describe(part, found, bank, texts=TEXTS), bank)
+    return score(describe(part, found, bank, texts=texts), bank, texts=texts)
 
 
 def silenced(model: Any, bank: TextBank, count: int, draws: int, seed: int) -> dict[str, Any]:
@@ -134,6 +137,33 @@ def silenced(model: Any, bank: TextBank, count: int, draws: int, seed: int) -> d
         "against": silencing.drops(against),
         "colour heads": colour,
         "interaction": (lost["colour"] - lost["shape"]).tolist() if lost else [],
+    }
+
+
+def specialised(model: Any, bank: TextBank, steps: int, count: int, draws: int, seed: int) -> dict[str, Any]:
+    """The same questions of a model three heads of whose last layer were made to write of one concept each, and which
+    was trained on so: scores by the paper's five texts, the drops by high heads and as many others of the layer, and by
+    planted head the drop of its own concept beside the mean of the other four."""
+    layer = PLACE[0]
+    built = planted.specialised(model, bank, OWNED, layer=layer, steps=steps, rate=TUNING_RATE, seed=seed)
+    own = planted.same_bank(built, bank)
+    heads = scored_heads(built, own, make_scenes(count, seed=seed), texts=5)
+    silencing = Silencing(built, make_scenes(count, seed=seed + 1))
+    high = [h.place for h in heads if h.kind == "high"]
+    rest = [h.place for h in heads if h.kind != "high"]
+    by_place = {h.place: h for h in heads}
+    places = [(layer, number) for number in range(len(OWNED))]
+    lost = [{c: float(v.mean()) for c, v in silencing.lost([place]).items()} for place in places]
+    return {
+        "accuracy": {concept: float(hits.mean()) for concept, hits in silencing.before.items()},
+        "heads": [[h.layer, h.head, h.concept, h.score] for h in heads],
+        "planted high": [
+            by_place[p].kind == "high" and by_place[p].concept == c for p, c in zip(places, OWNED, strict=True)
+        ],
+        "high": high,
+        "drops": silencing.drops(_pairs(high, rest, torch.Generator().manual_seed(seed), draws)),
+        "own": [row[c] for row, c in zip(lost, OWNED, strict=True)],
+        "other": [float(np.mean([row[o] for o in CONCEPTS if o != c])) for row, c in zip(lost, OWNED, strict=True)],
     }
 
 

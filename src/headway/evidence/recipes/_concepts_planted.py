@@ -9,14 +9,14 @@ so what it writes into an embedding lies in the span of D, up to its share of th
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headway.methods.diagnosis.clip_ccs import HeadConcept, TextBank, describe, gather, score, tower
+from headway.methods.diagnosis.clip_ccs import HeadConcept, TextBank, describe, gather, score, tiny, tower
 
 #: Directions that are kept of each concept: its texts hardly differ in more.
 KEPT = 6
@@ -54,11 +54,48 @@ def writing(model: Any, place: tuple[int, int], directions: Float[Tensor, "kept 
     return built
 
 
+def confine(model: Any, bases: Mapping[tuple[int, int], Float[Tensor, "kept joint"]]) -> None:
+    """Lets each head write, in place, inside the span of its orthonormal directions alone: what it wrote outside of
+    them is taken off its output weights,
+
+        W_O ← (P · diag(γ))⁺ Dᵀ D · P · diag(γ) · W_O   at the columns of the head."""
+    part = tower(model)
+    size = part.head_dim
+    reach = part.projection.weight.double() * part.norm.weight.double()  # type: ignore[union-attr]
+    back = torch.linalg.pinv(reach)
+    with torch.no_grad():
+        for (layer, head), basis in bases.items():
+            columns = part.outputs[layer].weight[:, head * size : (head + 1) * size]
+            inside = basis.T.double() @ (basis.double() @ (reach @ columns.double()))
+            columns.copy_((back @ inside).to(columns.dtype))
+
+
+def specialised(
+    trained: Any, bank: TextBank, concepts: Sequence[str], *, layer: int, steps: int, rate: float, seed: int
+) -> Any:
+    """A copy of a trained model whose first heads of a layer write of one concept each, and which was trained on under
+    that bound for so many steps. The text tower, the last norm and the projection stay as they were, so the bank is
+    still that of the model."""
+    built = copy.deepcopy(trained)
+    bases = {(layer, head): concept_directions(bank, concept) for head, concept in enumerate(concepts)}
+    confine(built, bases)
+    for name, parameter in built.named_parameters():
+        moves = name.startswith("vision_model.") and "post_layernorm" not in name
+        parameter.requires_grad_(moves)
+    tiny.train(built, seed=seed, steps=steps, rate=rate, progress=lambda done, total: confine(built, bases))
+    return built
+
+
+def same_bank(built: Any, bank: TextBank) -> TextBank:
+    """The bank of a model whose text tower is that of `built`."""
+    return TextBank(bank.texts, bank.vectors, bank.concepts, _made_by(built))
+
+
 def scored(built: Any, place: tuple[int, int], batches: Sequence[Tensor], bank: TextBank) -> HeadConcept:
     """The score of the built head on pictures. The bank is that of the model before: its text tower is untouched."""
     part = tower(built)
     found = gather(part, batches, layers=[place[0]])
-    own = TextBank(bank.texts, bank.vectors, bank.concepts, _made_by(built))
+    own = same_bank(built, bank)
     spans = describe(part, found, own)
     return next(row for row in score({place: spans[place]}, own))
 

@@ -1,6 +1,6 @@
 """Planted sequences for the DHSA recipe: topics of varying length, noise of varying length, weak targets.
 
-key_j = SIGNAL · topic(j) + noise            segments        key_j = noise, in one chunk + WEAK · topic    targets
+key_j = SIGNAL · topic(j) + noise      segments        key_j = noise, in one chunk of n keys + z/√n · topic      targets
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from headway.methods.long_context.dhsa import Piece, Similarity, choose_tokens, 
 #: Mean length of planted segments and the budgets at which they are asked for, as in the method's sheet.
 SEGMENT, BUDGETS, BLOCK = 24, (128, 32), 32
 #: Signal of a planted key along its topic, noise of spread 1 in every direction.
-SIGNAL, WEAK, WEAKER = 4.0, 0.7, 0.35
-LONG, SHORT = 32, 8
+SIGNAL = 4.0
+#: Lengths of weak targets, and their signals: by how many spreads the sum of a target's keys stands out of noise. Equal
+#: at all lengths, so that length alone makes the difference.
+LENGTHS, LONG, SHORT = (8, 16, 32, 64), 32, 8
+STRENGTHS = (2.0, 2.5, 3.0)
+#: What else a segment is looked for with: the last keys, and keys at random.
+NO_CHUNKS = ("window", "random keys")
 #: Positions by which a found boundary may miss a planted one.
 SLACK = 2
 
@@ -52,7 +57,8 @@ def segments(context: Context) -> dict[str, Any]:
     """Recall of the segment a query looks for, and the agreement of key-similarity boundaries with the planted ones."""
     sequences, tokens, asked = context.choose(smoke=(3, 512, 4), small=(40, 2048, 16), full=(200, 2048, 32))
     generator = context.torch_generator("segments")
-    found: dict[str, list[float]] = {f"{name} {b}": [] for name in ("true", "fixed", "similarity") for b in BUDGETS}
+    names = ("true", "fixed", "similarity", *NO_CHUNKS)
+    found: dict[str, list[float]] = {f"{name} {b}": [] for name in names for b in BUDGETS}
     found |= {"f1": [], "random": []}
     for _ in context.track(range(sequences), "planted segments"):
         key, starts, topics = planted(generator, tokens)
@@ -63,9 +69,12 @@ def segments(context: Context) -> dict[str, Any]:
         cuts = {"true": starts, "fixed": torch.arange(0, tokens, BLOCK), "similarity": alike}
         which = torch.randint(len(starts), (asked,), generator=generator)
         query = SIGNAL * topics[which]
-        for name, begins in cuts.items():
-            for budget in BUDGETS:
-                kept = chosen(key, begins, query, budget)
+        for budget in BUDGETS:
+            sides = {name: chosen(key, begins, query, budget) for name, begins in cuts.items()}
+            sides["window"] = (torch.arange(tokens) >= tokens - budget).expand(asked, -1)
+            drawn = torch.rand(asked, tokens, generator=generator).argsort(-1)
+            sides["random keys"] = drawn < budget
+            for name, kept in sides.items():
                 parts = [kept[i, starts[w] : ends[w]].double().mean() for i, w in enumerate(which.tolist())]
                 found[f"{name} {budget}"].append(float(torch.stack(parts).mean()))
         guess = torch.randperm(tokens - 1, generator=generator)[: len(alike) - 1] + 1
@@ -96,20 +105,20 @@ def noise(context: Context) -> dict[str, float]:
 
 
 def targets(context: Context) -> dict[str, list[float]]:
-    """Recall of one weak target chunk among noise chunks of length 1 to 64, by its length and the normalisation."""
-    sequences, asked = context.choose(smoke=(4, 4), small=(60, 16), full=(400, 32))
+    """Recall of one weak target chunk among noise chunks of length 1 to 64, by its length and the normalisation; mean
+    over strengths of its signal."""
+    sequences, asked = context.choose(smoke=(4, 2), small=(40, 8), full=(400, 32))
     generator = context.torch_generator("targets")
-    kinds = {str(LONG): (LONG, WEAK), str(SHORT): (SHORT, WEAK), f"{LONG}, weaker": (LONG, WEAKER)}
-    found: dict[str, list[float]] = {f"{norm} {kind}": [] for norm in ("sqrt", "mean") for kind in kinds}
+    found: dict[str, list[float]] = {f"{norm} {length}": [] for norm in ("sqrt", "mean") for length in LENGTHS}
     for _ in context.track(range(sequences), "weak targets"):
-        for kind, (length, signal) in kinds.items():
+        for length in LENGTHS:
             hits: dict[str, list[float]] = {"sqrt": [], "mean": []}
-            for _ in range(asked):
-                key, starts, topic, inside = weak_target(generator, length, signal)
+            for strength in STRENGTHS * asked:
+                key, starts, topic, inside = weak_target(generator, length, strength / length**0.5)
                 for norm, values in hits.items():
                     values.append(float(chosen(key, starts, topic, BUDGETS[0], norm)[0, inside].double().mean()))
             for norm, values in hits.items():
-                found[f"{norm} {kind}"].append(float(np.mean(values)))
+                found[f"{norm} {length}"].append(float(np.mean(values)))
     return found
 
 

@@ -28,6 +28,7 @@ from headway.methods.long_context.dhsa import (
     Oracle,
     Predicted,
     Recorded,
+    Trained,
     boundary_targets,
     record_boundaries,
     select_gaps,
@@ -83,7 +84,7 @@ def sizes_of(context: Context) -> Sizes:
             every=6,
             budget=160,
             block=32,
-            needles=(10, 30, 50, 60, 70, 90),
+            needles=tuple(range(10, 91, 10)),
             epochs=6,
             rate=5e-4,
         ),
@@ -147,9 +148,7 @@ def learn(context: Context) -> dict[str, Any]:
     model, tokenizer = host_of(context)
     train, judge = texts_of(context, tokenizer, model)
     layers = layers_of(context, model)
-    trained = train_predictor(
-        model, record_boundaries(model, train, layers=layers), epochs=sizes.epochs, rate=sizes.rate, seed=0
-    )
+    trained = trained_on(context, model, train)
     trained.predictor.save(folder_of(context))
     found: dict[str, Any] = {"f1": [], "guess": [], "rate": [], "losses": trained.losses}
     for text in judge:
@@ -158,6 +157,13 @@ def learn(context: Context) -> dict[str, Any]:
         found["guess"].append(guess)
         found["rate"].append(rate)
     return found | {"held out": vars(trained.scores), "model": sizes.model, "layers": layers}
+
+
+def trained_on(context: Context, model: nn.Module, texts: Sequence[Tensor]) -> Trained:
+    """A boundary predictor trained on some texts of the model's own dense attention."""
+    sizes = sizes_of(context)
+    recorded = record_boundaries(model, texts, layers=layers_of(context, model))
+    return train_predictor(model, recorded, epochs=sizes.epochs, rate=sizes.rate, seed=0)
 
 
 @torch.no_grad()
@@ -178,27 +184,32 @@ def agreement(predictor: BoundaryPredictor, recorded: Sequence[Recorded]) -> tup
 def join_f1(context: Context) -> dict[str, Any]:
     """F1 of boundaries against the joins of short documents put one behind the other, mean over layers, by text.
 
-    As many boundaries as joins, of the predictor, of dense attention (what it was trained on) and at random; one counts
-    within two tokens."""
+    As many boundaries as joins, of a predictor trained on such texts (of other documents), of dense attention (its
+    labels) and at random; one counts within two tokens."""
     sizes = sizes_of(context)
     model, tokenizer = host_of(context)
-    _, judge = texts_of(context, tokenizer, model)
+    train, judge = texts_of(context, tokenizer, model)
     generator = context.torch_generator("joins")
-    trained = BoundaryPredictor.load(folder_of(context))
-    found: dict[str, list[float]] = {"predicted": [], "oracle": [], "random": []}
+    trained = trained_on(context, model, [_joined(train, sizes.tokens, generator)[0] for _ in train])
+    found: dict[str, Any] = {"predicted": [], "oracle": [], "random": []}
+    labels: dict[str, list[float]] = {"f1": [], "guess": []}
     for _ in context.track(range(sizes.judge), "document joins"):
         text, joins = _joined(judge, sizes.tokens, generator)
         scores: dict[str, list[float]] = {name: [] for name in found}
-        for sample in record_boundaries(model, [text], layers=layers_of(context, model)):
+        recorded = record_boundaries(model, [text], layers=layers_of(context, model))
+        for sample in recorded:
             with torch.no_grad():
-                logits = trained(sample.keys[None])[0]
+                logits = trained.predictor(sample.keys[None])[0]
             drawn = torch.rand(logits.shape, generator=generator)
             for name, values in (("predicted", logits), ("oracle", sample.ratio), ("random", drawn)):
                 gaps = select_gaps(values.float().cpu().numpy(), threshold=-np.inf, most=len(joins))
                 scores[name].append(near_f1(torch.tensor(gaps), joins))
         for name, values in scores.items():
             found[name].append(float(np.mean(values)))
-    return found
+        f1, guess, _ = agreement(trained.predictor, recorded)
+        labels["f1"].append(f1)
+        labels["guess"].append(guess)
+    return found | {"labels": labels}
 
 
 def _joined(texts: Sequence[Tensor], tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,8 @@ def classifier(arm: str, images: Images, *, seed: int, patch: int, width: int, l
 def trained(
     arm: str,
     images: Images,
-    *,
     seed: int,
+    *,
     patch: int,
     width: int,
     layers: int,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.evidence.parallel import processes
 from headway.evidence.recipe import Context
 from headway.hosts import default_text
 from headway.methods.layers.lightning import tnl_fields
@@ -30,22 +31,31 @@ def languages(context: Context) -> dict[str, Any]:
     held_out = data[cut:].unfold(0, tokens + 1, tokens)[:windows]
     seeds = context.seeds(count)
     found: dict[str, Any] = {"seeds": seeds, "unigram": unigram(data[:cut], held_out), "parameters": {}, "steps": steps}
-    runs = [(arm, seed) for arm in ARMS for seed in seeds]
-    for arm, seed in context.track(runs, "language models"):
-        torch.manual_seed(seed)
-        model = build(arm, width, layers)
-        found["parameters"][arm] = sum(p.numel() for p in model.parameters())
-        train(
-            model,
-            partial(window, data[:cut], seed, batch, tokens),
-            steps=steps,
-            learning_rate=3e-3,
-            betas=(0.9, 0.95),
-            warmup=max(steps // 20, 1),
-            seed=seed,
-        )
-        found.setdefault(arm, []).append(validation(model, held_out))
+    one = partial(trained, data=data[:cut], held_out=held_out, size=(width, layers), batch=(batch, tokens), steps=steps)
+    with processes(context.choose(smoke=1, small=2, full=1)) as together:
+        for arm in context.track(ARMS, "language models"):
+            runs = context.stage(f"language-{arm.replace(' ', '-')}", partial(together, one, [(arm, s) for s in seeds]))
+            found[arm] = [loss for loss, _ in runs]
+            found["parameters"][arm] = runs[0][1]
     return found
+
+
+def trained(
+    arm: str, seed: int, *, data: Tensor, held_out: Tensor, size: tuple[int, int], batch: tuple[int, int], steps: int
+) -> tuple[float, int]:
+    """Held-out loss of one arm after training, and its number of parameters."""
+    torch.manual_seed(seed)
+    model = build(arm, *size)
+    train(
+        model,
+        partial(window, data, seed, *batch),
+        steps=steps,
+        learning_rate=3e-3,
+        betas=(0.9, 0.95),
+        warmup=max(steps // 20, 1),
+        seed=seed,
+    )
+    return validation(model, held_out), sum(p.numel() for p in model.parameters())
 
 
 def build(arm: str, width: int, layers: int) -> HeadwayForCausalLM:

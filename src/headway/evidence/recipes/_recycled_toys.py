@@ -138,13 +138,13 @@ class LayerByHand:
         return output[:, :, -1]
 
 
-def chains(context: Context, seeds: int, hops: int) -> dict[str, list[float]]:
-    """Share of hops that a decoder gets right, by method, one number per chain.
+def chains(context: Context, seeds: int, hops: int) -> dict[str, list[list[bool]]]:
+    """Which hops a decoder gets right, by method, one list per chain.
 
     The context holds, at random places, one token per link: its key is a name and its value the next name. Each of the
     `SPELLING` tokens of an answer asks for the name before it; the value read at the last of them is the next name."""
     names, filler, budget = 64, 448, 64
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[list[bool]]] = {}
     methods: dict[str, Callable[[], RecycledAttention] | None] = {
         "dense": lambda: RecycledAttention(budget=budget, stride=1),
         "4": lambda: RecycledAttention(budget=budget, stride=4, pool=1),
@@ -172,7 +172,7 @@ def chains(context: Context, seeds: int, hops: int) -> dict[str, list[float]]:
 def _follow(
     make: Callable[[], RecycledAttention] | None, keys: Tensor, values: Tensor, codes: Tensor, order: list[int],
     hops: int, budget: int,
-) -> float:  # fmt: skip
+) -> list[bool]:  # fmt: skip
     """Follows a chain from its first name; a wrong name is followed as well, and counted wrong."""
     sharpness = 20 * DIM**0.5
     if make is None:
@@ -182,19 +182,20 @@ def _follow(
     attention = LayerByHand(RecycledAttention(budget=budget, stride=1) if make is None else make())
     ask = (sharpness * codes[order[0]]).view(1, 1, 1, DIM)
     attention(ask.expand(1, 1, keys.shape[0], DIM), keys[None, None], values[None, None])
-    current, right = order[0], 0
+    current, right = order[0], list[bool]()
     for hop in range(hops):
         ask = (sharpness * codes[current]).view(1, 1, 1, DIM)
         for _ in range(SPELLING):
             read = attention(ask, torch.zeros(1, 1, 1, DIM), torch.zeros(1, 1, 1, DIM))
         current = int((read[0, 0] @ codes.T).argmax())
-        right += current == order[hop + 1]
-    return right / hops
+        right.append(current == order[hop + 1])
+    return right
 
 
 @torch.no_grad()
 def attention_times(context: Context, lengths: Sequence[int], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Mean seconds of a step of attention over one cycle of a stride, dense and recycled, by context length."""
+    """Mean seconds of a step of attention over one cycle of a stride, dense and recycled, and seconds of the cycle's
+    full step, by context length."""
     generator = context.torch_generator("times")
     found: dict[str, dict[str, list[float]]] = {}
     longest = max(lengths) + 2
@@ -214,13 +215,27 @@ def attention_times(context: Context, lengths: Sequence[int], repeats: int) -> d
             layer.small.clear()
             layer.score = torch.empty(0)
             attention(*step)
-        by_side: dict[str, list[float]] = {name: [] for name in sides}
+        by_side: dict[str, list[float]] = {name: [] for name in (*sides, "full")}
         for repeat in range(repeats + 1):
             for name, attention in sides.items():
-                start = clock(_NOWHERE)
-                for _ in range(TIMED_STRIDE):
-                    attention(*step)
+                seconds, full = _cycle(attention, step)
                 if repeat:
-                    by_side[name].append((clock(_NOWHERE) - start) / TIMED_STRIDE)
+                    by_side[name].append(seconds / TIMED_STRIDE)
+                    if name == "recycled":
+                        by_side["full"].append(full)
         found[str(length)] = by_side
     return found
+
+
+def _cycle(attention: LayerByHand, step: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """Seconds of one stride of steps, and of those among them that were full."""
+    layer = attention.cache.layers[0]
+    total = full = 0.0
+    for _ in range(TIMED_STRIDE):
+        before = int(layer.full_steps.sum())
+        start = clock(_NOWHERE)
+        attention(*step)
+        seconds = clock(_NOWHERE) - start
+        total += seconds
+        full += seconds if int(layer.full_steps.sum()) > before else 0.0
+    return total, full

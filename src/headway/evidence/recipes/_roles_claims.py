@@ -140,12 +140,21 @@ def real_claims(context: Context, real: dict[str, Any]) -> list[Claim]:
             paper=PaperValue("not reported; one served judge", "DeepSeek-R1", "released code"),
             measured=rank_correlation(marks["rules"], marks["model"], generator=context.generator("judges")),
             criterion=CRITERIA["judges-agree"],
-            notes="SmolLM2's expected mark for constraint compliance, on answers that obey and disobey a stated rule.",
+            others={"gain": bootstrap(marks["gain"], generator=context.generator("gain"))},
+            details={"gain": marks["gain"]},
+            notes="SmolLM2's expected mark for constraint compliance. Both answers of a kind stand under each of its "
+            "two rules; `gain` is the mark of an answer where it obeys minus that where it does not. A first form had "
+            "each answer under one rule only and gave ρ −0.66: the answers that obeyed were capitals, single words and "
+            "“1. Paris”, the others plain sentences, and about 3 went to any sentence, 2 to an answer that begins "
+            "with the digit 1, whatever the rule. The sign and the calibration of the judge are right. This form "
+            "was tried once before the record: ρ −0.07.",
         ),
     ]
 
 
-def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> list[Claim]:
+def toy_claims(
+    context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], rates: dict[str, Any]
+) -> list[Claim]:
     gates = {
         "accuracy": Measurement(min(one["agreement"] for one in toys), n=len(toys)),
         "base": Measurement(max(one["compliance"]["new inputs"] for one in toys), n=len(toys)),
@@ -180,8 +189,9 @@ def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[
         "language in which it learns to disobey, are the independent units. Compliance is on new inputs of the pairs "
         "of rules that alignment saw; pairs and a relation that it never saw stand beside it. An earlier design (35 "
         "facts, β 0.1, 24 steps at 1e-3, compliance on pairs of rules that were held out) was measured whole and given "
-        "up: LoRA on all layers did not turn it. Rate, β, steps and the test set were then chosen on uniform weights "
-        "on all layers, on one decoder, and the gate on all layers was added; the thresholds stayed."
+        "up: LoRA on all layers did not turn it. β, steps and the test set were then chosen on one decoder, and the "
+        "gate on all layers was added; the thresholds stayed. The rates of adapters and of all parameters are those of "
+        "the least preference loss on unseen pairs, of a decoder that nothing else is measured on."
     )
     others = {
         "over_random": bootstrap_difference(
@@ -214,6 +224,9 @@ def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[
             others={
                 **table,
                 "share_of_parameters": Measurement(share),
+                "gain_of_full_training": _ratio(
+                    context, np.subtract(column("full"), start), np.subtract(whole, start), "full"
+                ),
                 **{
                     f"{test.replace(' ', '_')}_{what}": mean(column(what, test=test), f"{test} {what}")
                     for test in ("held pairs", "held relation")
@@ -232,7 +245,7 @@ def toy_claims(context: Context, toys: Sequence[dict[str, Any]], runs: Sequence[
             ),
             criterion=CRITERIA["focal-beats-other-layers"],
             others=others,
-            details={"layers": [[run["number"], run["what"], run["layers"]] for run in runs]},
+            details={"layers": [[run["number"], run["what"], run["layers"]] for run in runs], "rates": rates},
             notes=note,
         ),
         Claim(

@@ -13,6 +13,7 @@ import torch
 from headway.door import use
 from headway.evidence.recipes import _roles_toy as toy
 from headway.methods.diagnosis import diagnose_localize_align as method
+from headway.methods.diagnosis.diagnose_localize_align.pairs import FACTS
 from headway.statistics import rank_correlation
 
 #: Focal share of the toy's 24 heads: a tenth would be two.
@@ -68,27 +69,30 @@ def planted_heads(model: Any, items: Sequence[method.Item], heads: Sequence[tupl
 
 
 def judged(model: Any, tokenizer: Any, kinds: Sequence[str], facts: int) -> dict[str, Any]:
-    """The rule judge and a model judge on answers that obey and disobey, of all kinds."""
-    from headway.methods.diagnosis.diagnose_localize_align.pairs import FACTS
-
+    """Marks of the rule judge and of a model judge for constraint compliance, crossed: both answers of a kind under
+    each of its two rules, so that every answer obeys once and disobeys once, and an answer that a judge likes for its
+    form gains nothing. `gain` is by answer the model's mark under the rule that it obeys minus that under the other."""
     turns = []
     for kind in (method.KINDS[name] for name in kinds):
         for number, fact in enumerate(FACTS[:facts]):
             for side, answer in enumerate(kind.answers):
-                question = f"You must always {kind.rules[0]}. {kind.question or fact.question}"
-                turns.append(
-                    method.Turn(
-                        conversation=f"{kind.name} {number} {side}",
-                        index=0,
-                        role="assistant",
-                        reply=answer(fact),
-                        question=question,
-                        rules=method.Rules(constraints=(kind.checks[0],)),
+                for rule in (side, 1 - side):
+                    asked = f"You must always {kind.rules[rule]}. {kind.question or fact.question}"
+                    turns.append(
+                        method.Turn(
+                            conversation=f"{kind.name} {number} answer {side} rule {rule}",
+                            index=0,
+                            role="assistant",
+                            reply=answer(fact),
+                            question=asked,
+                            rules=method.Rules(constraints=(kind.checks[rule],)),
+                        )
                     )
-                )
-    rules = method.score_turns(turns, method.RuleJudge())
-    marks = method.score_turns(turns, method.ModelJudge(model, tokenizer))
-    return {name: [one.scores["CC"] for one in rows] for name, rows in (("rules", rules), ("model", marks))}
+    judge, (rubric, _) = method.ModelJudge(model, tokenizer), method.rubric_for("assistant")
+    marks = [judge.mark(turn, rubric, "CC") for turn in turns]
+    rules = [one.scores["CC"] for one in method.score_turns(turns, method.RuleJudge())]
+    pairs = zip(marks[::2], marks[1::2], strict=True)
+    return {"rules": rules, "model": marks, "gain": [first - second for first, second in pairs]}
 
 
 def located(model: Any, cases: Sequence[toy.Case], held: Sequence[toy.Case], draws: int, seed: int) -> dict[str, Any]:
@@ -154,6 +158,33 @@ def trained(
         "parameters": count,
         "curve": seen,
     }
+
+
+def preference_loss(
+    base: Any, layers: Sequence[int] | None, pairs: Sequence[toy.Case], held: Sequence[toy.Case],
+    settings: method.AlignSettings,
+) -> float:  # fmt: skip
+    """The plain preference loss on held pairs after one alignment with uniform weights; what a rate is chosen by. Inf
+    where the alignment diverged."""
+    model = copy.deepcopy(base)
+    if layers is not None:
+        model = method.add_lora(model, layers, seed=settings.seed).model
+    method.align(model, [case.preference() for case in pairs], settings)
+    inner = (model.get_base_model() if layers is not None else model).eval()
+    gain = _margins(inner, held) - _margins(base, held)
+    found = -torch.nn.functional.logsigmoid(settings.beta * gain).mean()
+    return float(found) if bool(torch.isfinite(found)) else float("inf")
+
+
+@torch.no_grad()
+def _margins(model: Any, cases: Sequence[toy.Case]) -> torch.Tensor:
+    """log p(answer that obeys) − log p(answer that disobeys), whole answers."""
+    sides = []
+    for answers in ([case.obeys for case in cases], [case.disobeys for case in cases]):
+        ids = torch.tensor([case.conflict + answer for case, answer in zip(cases, answers, strict=True)])
+        logps = model(input_ids=ids, use_cache=False).logits[:, toy.PROMPT - 1 : -1].log_softmax(-1)
+        sides.append(logps.gather(-1, ids[:, toy.PROMPT :, None])[..., 0].sum(-1))
+    return sides[0] - sides[1]
 
 
 def cras_of(model: Any, cases: Sequence[toy.Case], most: int = 60) -> float:

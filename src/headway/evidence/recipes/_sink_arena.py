@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from headway.kernels.normalizers import make_gate, make_normalizer
+from headway.statistics import mixed_seed
 from headway.tasks.trigger_averaging import (
-    DATA_STREAM,
     EVALUATION,
     HEAD_DIM,
     WIDTH,
     TriggerAttention,
+    data_generators,
     judge,
     train,
     trigger_batch,
@@ -35,6 +36,10 @@ ARMS: dict[str, tuple[str, str | None]] = {
 }
 
 
+#: The stream of randomness of a seed that starts normalisers and gates.
+RULES = 2
+
+
 class ArenaLayer(TriggerAttention):
     """One causal head per seed with a normaliser and a gate of the registry."""
 
@@ -45,7 +50,7 @@ class ArenaLayer(TriggerAttention):
         rules, gates = [], []
         for seed in seeds:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(seed) % 2**63)
+                torch.manual_seed(mixed_seed(RULES, seed))
                 rules.append(make_normalizer(normalizer, scale=HEAD_DIM**-0.5, **shape))
                 gates.append(nn.Identity() if gate is None else make_gate(gate, **shape))
         self.rules, self.gates = nn.ModuleList(rules), nn.ModuleList(gates)
@@ -78,7 +83,7 @@ def run_arm(name: str, seeds: Sequence[int], *, steps: int, bias: bool = False) 
     |weights| on item 0 at unflagged items, which also means something where weights are signed."""
     normalizer, gate = ARMS[name]
     model = ArenaLayer(seeds, normalizer=normalizer, gate=gate, bias=bias)
-    generators = [torch.Generator().manual_seed(DATA_STREAM + int(seed)) for seed in seeds]
+    generators = data_generators(seeds)
     train(model, generators, steps=steps)
     model.eval()
     batch = trigger_batch(generators, EVALUATION)

@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import at_least, at_most
+from headway.evidence.parallel import Together
 from headway.evidence.recipe import Context
 from headway.methods.sinks.sink_emergence import EPSILON
 from headway.methods.sinks.sink_survey.comparison import measure_model
 from headway.models import HeadwayConfig, HeadwayForCausalLM
-from headway.statistics import Measurement, bootstrap
+from headway.statistics import Measurement, bootstrap, generator_of, mixed_seed
 from headway.train import train
 
 #: The token that opens every sequence, the triggers, and the other symbols behind them.
@@ -52,12 +52,12 @@ class Caution:
     steps: int
 
 
-def caution_claims(context: Context) -> list[Claim]:
+def caution_claims(context: Context, together: Together) -> list[Claim]:
     """Trains the model with softmax and with sigmoid, and judges where their weights go."""
     settings = context.choose(smoke=Caution(2, 8), small=Caution(3, STEPS), full=Caution(10, STEPS))
     seeds = context.seeds(settings.seeds)
     found = {
-        name: context.stage(f"caution-{name}", partial(_arm, name, seeds, settings.steps))
+        name: context.stage(f"caution-{name}", partial(_arm, name, seeds, settings.steps, together))
         for name in ("softmax", "sigmoid")
     }
 
@@ -91,7 +91,7 @@ def caution_claims(context: Context) -> list[Claim]:
 
 def transitions(seed: int) -> Float[Tensor, "symbols symbols"]:
     """The chain of a seed: each symbol is followed by a few of the others, and never by `FIRST`."""
-    logits = 2.0 * torch.randn(SYMBOLS, SYMBOLS, generator=_generator(CHAIN, seed))
+    logits = 2.0 * torch.randn(SYMBOLS, SYMBOLS, generator=generator_of(CHAIN, seed))
     logits[:, FIRST] = -torch.inf
     return logits.softmax(-1)
 
@@ -122,19 +122,19 @@ def share_copied(model: HeadwayForCausalLM, ids: Int[Tensor, "count length"]) ->
     return float((guesses == ids[:, 3:])[asked].float().mean())
 
 
-def _arm(normalizer: str, seeds: Sequence[int], steps: int) -> dict[str, list[float]]:
-    runs = [_train(normalizer, seed, steps) for seed in seeds]
+def _arm(normalizer: str, seeds: Sequence[int], steps: int, together: Together) -> dict[str, list[float]]:
+    runs = together(_train, [(normalizer, seed, steps) for seed in seeds])
     return {name: [run[name] for run in runs] for name in runs[0]}
 
 
 def _train(normalizer: str, seed: int, steps: int) -> dict[str, float]:
     chain = transitions(seed)
-    generator = _generator(DATA, seed)
+    generator = generator_of(DATA, seed)
     config = HeadwayConfig(
         vocab_size=SYMBOLS, width=WIDTH, layers=1, heads=1, mixer_options={"normalizer": normalizer}, positions=LENGTH
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(mixed_seed(seed))
         model = HeadwayForCausalLM(config)
     draws = iter(lambda: back_copy_batch(chain, BATCH, generator), None)
     train(model, draws, steps=steps, learning_rate=LEARNING_RATE, warmup=min(100, steps // 4), seed=seed)
@@ -142,8 +142,3 @@ def _train(normalizer: str, seed: int, steps: int) -> dict[str, float]:
     numbers = measure_model(model.eval(), [(ids, ids)], window=LENGTH // 4)
     kept = ("first_share", "mass", "sink_1", "loss")
     return {"copied": share_copied(model, ids), **{name: numbers[name] for name in kept}}
-
-
-def _generator(stream: int, seed: int) -> torch.Generator:
-    """torch reads the low 32 bits of a seed alone, so that stream and seed have to be mixed first."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([stream, seed]).generate_state(1)[0]))

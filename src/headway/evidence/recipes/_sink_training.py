@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import Criterion, all_of, at_least, at_most, between
+from headway.evidence.parallel import Together
 from headway.evidence.recipe import Context
 from headway.lab.arms import Arm
 from headway.lab.data import ByteSequences, Split, held_out, split_bytes
@@ -88,7 +89,7 @@ class Training:
     factors: bool
 
 
-def training_claims(context: Context) -> list[Claim]:
+def training_claims(context: Context, together: Together) -> list[Claim]:
     """Trains the arms, one stage each, and judges them."""
     tiny = Arm(width=16, layers=2, heads=2, length=16, batch=4, steps=8, learning_rate=1e-2, warmup=2)
     small = Arm(width=64, layers=2, heads=4, length=32, batch=8, steps=800, learning_rate=1e-2, warmup=40)
@@ -98,7 +99,7 @@ def training_claims(context: Context) -> list[Claim]:
     seeds = context.seeds(settings.seeds)
     split = split_bytes(_text())
     found = {
-        name: context.stage(f"trained-{name}", partial(_train_all, arm, seeds, split, settings))
+        name: context.stage(f"trained-{name}", partial(_train_all, arm, seeds, split, settings, together))
         for name, arm in training_arms(settings.base, split).items()
         if settings.factors or name not in FACTORS
     }
@@ -147,8 +148,8 @@ def draw_weights(model: HeadwayForCausalLM, seed: int) -> None:
         module.weight.normal_(0.0, std, generator=generator)
 
 
-def _train_all(arm: Arm, seeds: Sequence[int], split: Split, settings: Training) -> dict[str, Any]:
-    runs = [_train_one(arm, seed, split, settings.evaluation) for seed in seeds]
+def _train_all(arm: Arm, seeds: Sequence[int], split: Split, settings: Training, together: Together) -> dict[str, Any]:
+    runs = together(_train_one, [(arm, seed, split, settings.evaluation) for seed in seeds])
     return {name: [run[name] for run in runs] for name in runs[0]}
 
 

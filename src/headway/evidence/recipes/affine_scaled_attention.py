@@ -20,6 +20,7 @@ import torch
 
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most, between, interval_excludes
+from headway.evidence.parallel import Together, processes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._affine_toys import (
     LM_ARMS,
@@ -94,27 +95,30 @@ def run(context: Context) -> list[Claim]:
     )
     text = byte_text(context.choose(smoke=20_000, small=None, full=None))
     seeds = context.seeds(settings.seeds)
-    models = {
-        arm: context.stage(
-            f"lm-{arm.replace('_', '-')}", partial(_language_models, context, arm, seeds, settings, text)
-        )
-        for arm in settings.arms
-    }
     steps = context.choose(smoke=10, small=STEPS, full=STEPS)
     heads = context.seeds(context.choose(smoke=2, small=3, full=10))
-    planted = {
-        arm: context.stage(f"trigger-{arm.replace('_', '-')}", partial(run_trigger, arm, heads, steps=steps))
-        for arm in TRIGGER_ARMS
-    }
+    with processes(context.choose(smoke=1, small=2, full=1)) as together:
+        models = {}
+        for arm in context.track(settings.arms, "language models"):
+            calls = [(arm, seed, settings, text) for seed in seeds]
+            models[arm] = context.stage(f"lm-{_slug(arm)}", partial(together, run_language_model, calls))
+        planted = {
+            arm: context.stage(f"trigger-{_slug(arm)}", partial(_planted, arm, heads, steps, together))
+            for arm in context.track(TRIGGER_ARMS, "heads of the planted task")
+        }
     learned = [loss / unigram_entropy(text) for loss in _column(models["base"], "validation")]
     even = uniform_first_share(settings.tokens)
     return [*_model_claims(context, models, seeds, learned, even), *_trigger_claims(context, planted, heads)]
 
 
-def _language_models(
-    context: Context, arm: str, seeds: Sequence[int], settings: LMSettings, text: torch.Tensor
-) -> list[dict[str, Any]]:
-    return [run_language_model(arm, s % 2**31, settings, text) for s in context.track(seeds, f"language models, {arm}")]
+def _planted(arm: str, seeds: Sequence[int], steps: int, together: Together) -> dict[str, Any]:
+    """The numbers of `run_trigger`, each seed by itself: seeds do not see each other."""
+    runs = together(partial(run_trigger, steps=steps), [(arm, [seed]) for seed in seeds])
+    return {name: [number for run in runs for number in run[name]] for name in runs[0]}
+
+
+def _slug(arm: str) -> str:
+    return arm.replace("_", "-")
 
 
 def _model_claims(

@@ -10,7 +10,7 @@ Paper: Diagnose, Localize, Align, arXiv 2509.23188.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +19,58 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headway.evidence.claims import Claim
+from headway.evidence.parallel import processes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _roles_claims as claims
 from headway.evidence.recipes import _roles_measures as measures
 from headway.evidence.recipes import _roles_toy as toy
+from headway.evidence.recipes._stages import in_stages
 from headway.methods.diagnosis import diagnose_localize_align as method
 
 CRITERIA = claims.CRITERIA
-#: Chosen so that uniform weights on all layers teach the toy; the released rate and β are for models of billions.
-RATE, BETA, BATCH = 5e-3, 0.5, 16
-#: Part of the rate at which all parameters are trained in place of adapters.
-FULL = 0.04
+#: Rates that are tried on a decoder of their own: adapters on all layers, and all parameters. The one with the least
+#: preference loss on pairs that it was not trained on is used for every measured run of that form; compliance plays no
+#: part. The released rate and β are for models of billions.
+RATES = {"lora": (2e-3, 5e-3, 1e-2), "full": (2e-4, 8e-4, 3e-3)}
+BETA, BATCH = 0.5, 16
+
+
+#: Pairs that heads are found on, control sets, steps of the toy and of its reward model; steps and pairs of alignment;
+#: cases of each test.
+TOY = {"smoke": (6, 2, 10, 2), "small": (60, 20, 220, 30), "full": (200, 100, 2000, 200)}
+ALIGN = {"smoke": (4, 16), "small": (80, 200), "full": (100, 800)}
+TESTS = {"smoke": 40, "small": 300, "full": 1000}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where decoders are kept, the size of the run, and what compliance is measured on."""
+
+    folder: Path
+    size: str
+    tests: dict[str, list[toy.Case]]
 
 
 def run(context: Context) -> list[Claim]:
     real = context.stage("smollm2", lambda: _real(context))
     layered, weighted = context.choose(smoke=(1, 1), small=(3, 5), full=(10, 20))
-    toys, runs = [], []
-    for number, seed in enumerate(context.seeds(weighted)):
-        toys.append(context.stage(f"toy-{number}", partial(_toy, context, number, seed % 2**31)))
-        plan = [("focal", mode) for mode in measures.MODES]
-        if number < layered:
-            plan += [(what, "attention") for what in ("random", "least_moved", "all")]
-        if number == 0:
-            plan.append(("full", "attention"))
-        for what, mode in plan:
-            name = f"toy-{number}-{what}-{mode}"
-            runs.append(context.stage(name, partial(_align, context, toys[-1], what, mode, number)))
+    workers = context.choose(smoke=1, small=2, full=1)
+    rates = context.stage("rates", lambda: _rates(context))
+    work = Work(context.out / "data", context.size, _tests(context))
+    drawn = [(work, number, seed % 2**31) for number, seed in enumerate(context.seeds(weighted))]
+    with processes(workers) as together:
+        toys = in_stages(context, "toys", together, trained_toy, drawn, size=workers)
+        plan = [
+            (work, made, what, mode, rates["chosen"])
+            for number, made in enumerate(toys)
+            for what, mode in [("focal", mode) for mode in measures.MODES]
+            + [(what, "attention") for what in ("random", "least_moved", "all", "full") if number < layered]
+        ]
+        runs = in_stages(context, "aligned", together, aligned, plan, size=2 * workers)
     stock = context.stage("stock-loss", lambda: measures.against_stock(context.seed % 2**31, 20))
     return [
         *claims.real_claims(context, real),
-        *claims.toy_claims(context, toys, runs),
+        *claims.toy_claims(context, toys, runs, rates),
         claims.loss_claim(stock),
     ]
 
@@ -79,66 +100,73 @@ def _real(context: Context) -> dict[str, Any]:
     }
 
 
-def _toy(context: Context, number: int, seed: int) -> dict[str, Any]:
-    """One decoder, trained and kept with its reward model: its compliance before alignment, and its focal heads."""
-    pairs, tests, draws, steps, tuned = context.choose(
-        smoke=(6, 40, 2, 10, 2), small=(60, 300, 20, 220, 30), full=(200, 1000, 100, 2000, 200)
+def _rates(context: Context) -> dict[str, Any]:
+    """The preference loss by form and rate, and the rate of the least, on one decoder that nothing else is measured
+    on."""
+    (_, _, train, _), (steps, count) = TOY[context.size], ALIGN[context.size]
+    seed = int(context.generator("rates").integers(2**31))
+    base = toy.train(train, seed)
+    pairs, held = (toy.draw_cases(count, np.random.default_rng([seed, place])) for place in (2, 5))
+    layers = {"lora": list(range(toy.LAYERS)), "full": None}
+
+    def loss(form: str, rate: float) -> float:
+        return measures.preference_loss(base, layers[form], pairs, held, _settings("uniform", steps, rate, seed))
+
+    losses = {form: {str(rate): loss(form, rate) for rate in rates} for form, rates in RATES.items()}
+    return {"losses": losses, "chosen": {form: float(min(some, key=some.__getitem__)) for form, some in losses.items()}}
+
+
+def _settings(mode: str, steps: int, rate: float, seed: int) -> method.AlignSettings:
+    return method.AlignSettings(
+        weights=mode, beta=BETA, steps=steps, batch=BATCH, accumulate=1, learning_rate=rate, seed=seed
     )
+
+
+def trained_toy(work: Work, number: int, seed: int) -> dict[str, Any]:
+    """One decoder, trained and kept with its reward model: its compliance before alignment, and its focal heads."""
+    pairs, draws, steps, tuned = TOY[work.size]
     model = toy.train(steps, seed)
-    _save(context, model, number)
-    held = _tests(context, tests)
-    cases = toy.draw_cases(pairs, np.random.default_rng([seed, 1]))
+    _save(work, model, number)
+    cases, first = toy.draw_cases(pairs, np.random.default_rng([seed, 1])), work.tests["new inputs"]
     found = {
         "number": number,
         "seed": seed,
-        "agreement": toy.agreement_right(model, held["new inputs"]),
-        "compliance": {name: toy.compliance(model, some) for name, some in held.items()},
-        "located": measures.located(model, cases, held["new inputs"], draws, seed),
+        "agreement": toy.agreement_right(model, first),
+        "compliance": {name: toy.compliance(model, some) for name, some in work.tests.items()},
+        "located": measures.located(model, cases, first, draws, seed),
     }
     toy.tune(model, toy.draw_cases(400, np.random.default_rng([seed, 4])), tuned, seed)
-    _save(context, model, number, "reward")
+    _save(work, model, number, "reward")
     return found
 
 
-def _align(context: Context, made: dict[str, Any], what: str, mode: str, number: int) -> dict[str, Any]:
-    steps, count, tests = context.choose(smoke=(4, 16, 40), small=(80, 200, 300), full=(100, 800, 1000))
-    located, seed = made["located"], made["seed"]
+def aligned(work: Work, made: dict[str, Any], what: str, mode: str, rates: dict[str, float]) -> dict[str, Any]:
+    """One alignment of a decoder that `trained_toy` kept, and what it is worth."""
+    steps, count = ALIGN[work.size]
+    located, seed, number = made["located"], made["seed"], made["number"]
     layers = _layers(located, what, seed)
     found = measures.trained(
-        _load(context, number),
+        _load(work, number),
         layers,
         toy.draw_cases(count, np.random.default_rng([seed, 2])),
-        _tests(context, tests),
-        method.AlignSettings(
-            weights=mode,
-            beta=BETA,
-            steps=steps,
-            batch=BATCH,
-            accumulate=1,
-            learning_rate=RATE * FULL if what == "full" else RATE,
-            seed=seed,
-        ),
+        work.tests,
+        _settings(mode, steps, rates["full" if what == "full" else "lora"], seed),
         heads=[(layer, head) for layer, head in located["heads"]],
-        reward=_load(context, number, "reward") if mode == "reward" else None,
+        reward=_load(work, number, "reward") if mode == "reward" else None,
         curve=what == "focal",
     )
     return {"what": what, "mode": mode, "number": number, "steps": steps, "layers": layers, **found}
 
 
-def _save(context: Context, model: Any, number: int, name: str = "decoder") -> None:
-    path = _path(context, number, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path)
+def _save(work: Work, model: Any, number: int, name: str = "decoder") -> None:
+    work.folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), work.folder / f"{name}-{number}.safetensors")
 
 
-def _load(context: Context, number: int, name: str = "decoder") -> Any:
+def _load(work: Work, number: int, name: str = "decoder") -> Any:
     model = toy.decoder(0)
-    model.load_state_dict(load_file(_path(context, number, name)))
+    model.load_state_dict(load_file(work.folder / f"{name}-{number}.safetensors"))
     return model.eval()
-
-
-def _path(context: Context, number: int, name: str) -> Path:
-    return context.out / "data" / f"{name}-{number}.safetensors"
 
 
 def _layers(located: dict[str, Any], what: str, seed: int) -> list[int] | None:
@@ -153,7 +181,8 @@ def _layers(located: dict[str, Any], what: str, seed: int) -> list[int] | None:
     return list(range(toy.LAYERS)) if what == "all" else None
 
 
-def _tests(context: Context, count: int) -> dict[str, list[toy.Case]]:
+def _tests(context: Context) -> dict[str, list[toy.Case]]:
+    count = TESTS[context.size]
     return {
         "new inputs": toy.draw_cases(count, context.generator("new inputs")),
         "held pairs": toy.draw_cases(count, context.generator("held pairs"), pairs=toy.HELD_PAIRS),

@@ -1,9 +1,10 @@
 """DuoAttention: are the learned heads the ones that retrieve, and is the memory really saved?
 
-First on a small decoder with three planted retrieval heads among twelve, where the truth is known; then on a real
-model, where gates are learned on generated pass-keys and judged on needles in another half of the text, out of
-reach of all streaming heads. Small models seldom give a planted value outright, so the score is the nll of its tokens,
-each given those before it; the share of tokens that come first stands beside it.
+First on small decoders: one with three planted retrieval heads among twelve, where the truth is known, and one that has
+learned to retrieve by itself; then on a real model, where gates are learned on generated pass-keys and judged on
+needles in another half of the text, out of reach of all streaming heads. Small models seldom give a planted value
+outright, so the score is the nll of its tokens, each given those before it; the share of tokens that come first stands
+beside it.
 
 Paper: DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads, arXiv 2410.10819.
 """
@@ -11,52 +12,29 @@ Paper: DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Str
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headway.door import use
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import (
-    Measurement,
-    all_of,
-    at_least,
-    at_most,
-    interval_excludes,
-)
+from headway.evidence.criteria import Measurement, at_least, at_most, interval_excludes
+from headway.evidence.parallel import Together, processes
 from headway.evidence.recipe import Context, Recipe
-from headway.evidence.recipes import _planted_retrieval as planted
+from headway.evidence.recipes import _duo_trained as trained
+from headway.evidence.recipes._duo_decode import DECODE_CRITERIA, SHARES, decode_claims, decode_costs
+from headway.evidence.recipes._duo_real import SETTINGS, SPARSITY, learn_on_passkeys, needle_scores, scored
 from headway.evidence.recipes._duo_toy import RANDOM_DRAWS, toy_run
-from headway.methods.long_context.duo_attention import (
-    DuoAttention,
-    PasskeyData,
-    learn_gates,
-    score_heads,
-)
-from headway.statistics import bootstrap, bootstrap_difference, proportion, rank_correlation
-
-#: Share of streaming heads in the claims on real models: what the paper uses for models with grouped queries.
-SPARSITY = 0.5
-#: Points of accuracy that count as "comparable to full attention".
-COMPARABLE = 0.03
-#: Accuracy of a guess among the values, and half as much again.
-CHANCE = 1.5 / planted.VALUES
+from headway.evidence.recipes._duo_toy_claims import COMPARABLE, TOY_CRITERIA, planted_claims, trained_claims
+from headway.evidence.recipes._stages import in_stages
+from headway.methods.long_context.duo_attention import DuoAttention
+from headway.statistics import bootstrap, bootstrap_difference, rank_correlation
 
 CRITERIA = {
-    "planted-heads": at_least(0.75, minimum_n=15, label="share of planted heads among the highest gates"),
-    "planted-accuracy": all_of(
-        at_least(-COMPARABLE, label="learned − full accuracy"),
-        at_most(CHANCE, of="inverted", by="value", label="accuracy with inverted gates"),
-        at_least(0.9, of="full", by="value", label="full accuracy"),
-    ),
-    "passkey-data": interval_excludes(0.0, side="above", label="accuracy on pass-key gates − on plain-text gates"),
-    "ablation": at_least(0.5, by="value", minimum_n=36, label="rank correlation of gates and effects"),
+    **TOY_CRITERIA,
     "bytes": at_most(0, minimum_n=6, label="bytes off the formula"),
+    **DECODE_CRITERIA,
     "learned-beats-random": interval_excludes(0.0, side="above", label="nll with random − with learned heads"),
     "inverted-is-worse": interval_excludes(0.0, side="above", label="nll with inverted − with learned heads"),
     "learned-near-full": at_least(
@@ -72,55 +50,71 @@ CRITERIA = {
 }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One real model: contexts and numbers of learning, and the needles that judge it."""
-
-    model: str
-    lengths: tuple[int, ...]
-    passkeys: int
-    words: int
-    steps: int
-    rate: float
-    train: tuple[int, int]
-    serve: tuple[int, int]
-    needles: int
-    tokens: int
-    digits: int
-    score_texts: int
-    score_tokens: int
-
-
-#: The short runs learn faster per step, or no gate could come from 1 to 0: the paper's 0.02 a step needs 2,000 steps.
-SETTINGS = {
-    "smoke": Setting("tiny", (160,), 1, 2, 2, 0.05, (4, 16), (4, 16), 2, 480, 3, 2, 96),
-    "small": Setting("smollm2", (384, 448, 512), 2, 6, 40, 0.05, (16, 64), (16, 64), 8, 560, 5, 5, 512),
-    "full": Setting(
-        "gradientai/Llama-3-8B-Instruct-Gradient-1048k",
-        tuple(int(x) for x in np.linspace(1_000, 32_000, 50)),
-        10, 32, 2_000, 0.02, (128, 256), (64, 256), 130, 32_000, 7, 50, 4_096,
-    ),
-}  # fmt: skip
-
-
 def run(context: Context) -> list[Claim]:
-    seeds = context.seeds(context.choose(smoke=2, small=5, full=20))
-    steps, count = context.choose(smoke=(12, 3), small=(40, 10), full=(200, 50))
-    toys = [context.stage(f"planted-{i}", partial(toy_run, seed, steps, count)) for i, seed in enumerate(seeds)]
+    workers = context.choose(smoke=1, small=2, full=1)
     sizes = context.stage("bytes", lambda: _bytes(context))
-    real = _Real(context)
-    learned = context.stage("gates", real.learn)
-    scores = context.stage("scores", real.scores)
-    needles = context.stage("needles", lambda: real.needles(torch.tensor(learned["gates"])))
+    costs = context.stage("decode", lambda: _decode(context))
+    gates = context.stage("gates", lambda: _gates(context))
+    with processes(workers) as together:
+        planted = _planted_toys(context, together, workers)
+        own = _trained_toys(context, together, workers)
+        names = ("rope_profile", "distant_mass")
+        setting = SETTINGS[context.size]
+        scores = context.stage("scores", lambda: together(scored, [(setting, name) for name in names]))
+        needles = _needles(context, together, workers, gates["gates"])
     return [
-        _planted_heads(toys),
-        _planted_accuracy(context, toys),
-        _passkey_data(context, toys),
-        _ablation(context, toys),
+        *planted_claims(context, planted),
+        *trained_claims(context, own),
         _bytes_claim(sizes),
-        *_needle_claims(context, needles, learned),
-        *(_score_claim(context, name, scores[name], learned["gates"]) for name in ("rope_profile", "distant_mass")),
+        *decode_claims(costs, context.generator("decode")),
+        *_needle_claims(context, needles, gates),
+        *(_score_claim(context, name, found, gates["gates"]) for name, found in zip(names, scores, strict=True)),
     ]
+
+
+def _planted_toys(context: Context, together: Together, workers: int) -> list[dict[str, Any]]:
+    """The planted decoders, as many to a stage as there are processes."""
+    seeds = context.seeds(context.choose(smoke=2, small=5, full=20))
+    size = context.choose(smoke=(12, 3), small=(40, 10), full=(200, 50))
+    return in_stages(context, "planted", together, toy_run, [(seed, *size) for seed in seeds], size=workers)
+
+
+def _trained_toys(context: Context, together: Together, workers: int) -> list[dict[str, Any]]:
+    """The decoders that are trained here."""
+    seeds = context.seeds(context.choose(smoke=1, small=4, full=20))
+    size = context.choose(smoke=(4, 2, 4), small=(500, 200, 100), full=(2_000, 500, 1_000))
+    return in_stages(context, "trained", together, trained.run, [(seed, *size) for seed in seeds], size=workers)
+
+
+def _needles(
+    context: Context, together: Together, workers: int, gates: Sequence[Sequence[float]]
+) -> dict[str, list[dict[str, float]]]:
+    """Score of every needle under every choice of heads."""
+    values = torch.tensor(gates)
+    generator = context.torch_generator("random heads")
+    choices = {"full": values, "learned": values, "inverted": -values, "everywhere": values}
+    choices |= {f"random {draw}": torch.rand(values.shape, generator=generator) for draw in range(RANDOM_DRAWS)}
+    seed = context.seeds(1)[0]
+    calls = [(SETTINGS[context.size], seed, arm, chosen.tolist()) for arm, chosen in choices.items()]
+    found = in_stages(context, "needles", together, needle_scores, calls, size=workers)
+    return dict(zip(choices, found, strict=True))
+
+
+def _gates(context: Context) -> dict[str, Any]:
+    setting = SETTINGS[context.size]
+    task = context.progress.add_task("learning gates", total=setting.steps)
+    return learn_on_passkeys(setting, context.seed, context.out, lambda *_: context.progress.advance(task))
+
+
+def _decode(context: Context) -> dict[str, Any]:
+    """Costs of decoding steps with some of the heads whole and with all of them."""
+    lengths, rounds, steps = context.choose(
+        smoke=((1024, 2048), 2, 1),
+        small=((4_096, 12_288, 20_480), 9, 4),
+        full=((4_096, 16_384, 65_536), 15, 8),
+    )
+    return {"rows": decode_costs(lengths, (*SHARES, 1.0), rounds, steps), "threads": torch.get_num_threads(),
+            "steps": steps}  # fmt: skip
 
 
 def _bytes(context: Context) -> list[dict[str, Any]]:
@@ -152,196 +146,6 @@ def _bytes(context: Context) -> list[dict[str, Any]]:
                 found.append({"sparsity": sparsity, "tokens": seen, "stored": stored, "formula": formula,
                               "reduction": dense / stored})  # fmt: skip
     return found
-
-
-class _Real:
-    """The real model of a size, loaded when a stage needs it."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.setting = SETTINGS[context.size]
-        self._loaded: tuple[Any, Any, str] | None = None
-
-    def loaded(self) -> tuple[Any, Any, str]:
-        """Model, tokenizer, text."""
-        if self._loaded is None:
-            from headway.hosts import default_text, load
-
-            text = default_text().text
-            if self.setting.model == "tiny":
-                from headway.hosts.tiny import tiny_host
-
-                model, _ = tiny_host("llama", vocab_size=_Characters.size, max_position_embeddings=1024)
-                self._loaded = model, _Characters(), text[:20_000]
-            else:
-                large = self.context.size == "full"
-                model, tokenizer = load(
-                    self.setting.model, device="cuda" if large else "cpu", dtype="bfloat16" if large else "float32"
-                )
-                self._loaded = model, tokenizer, text
-        return self._loaded
-
-    def learn(self) -> dict[str, Any]:
-        model, tokenizer, text = self.loaded()
-        setting = self.setting
-        data = PasskeyData(
-            tokenizer=tokenizer, text=text[: len(text) // 2], lengths=setting.lengths, passkeys=setting.passkeys,
-            words=setting.words, seed=self.context.seed,
-        )  # fmt: skip
-        task = self.context.progress.add_task("learning gates", total=setting.steps)
-        learned = learn_gates(
-            model, data, steps=setting.steps, sinks=setting.train[0], recent=setting.train[1],
-            learning_rate=setting.rate, keep=self.context.out / "gates.partial.json",
-            report=lambda *_: self.context.progress.advance(task),
-        )  # fmt: skip
-        learned.gates.save(self.context.out / "gates.json")
-        return {
-            "gates": learned.gates.values,
-            "distill": learned.distill,
-            "penalty": learned.penalty,
-            "mean": float(learned.gates.values.mean()),
-            "above half": float((learned.gates.values > 0.5).double().mean()),
-        }
-
-    def scores(self) -> dict[str, Any]:
-        model, tokenizer, text = self.loaded()
-        sinks, recent = self.setting.serve
-        ids = tokenizer(text[: 40 * self.setting.score_texts * self.setting.score_tokens], verbose=False)["input_ids"]
-        pieces = torch.tensor(ids).split(self.setting.score_tokens)[: self.setting.score_texts]
-        texts = [piece[None] for piece in pieces]
-        return {
-            name: score_heads(model, texts, scoring=name, sinks=sinks, recent=recent).values
-            for name in ("rope_profile", "distant_mass")
-        }
-
-    def needles(self, gates: Tensor) -> dict[str, list[dict[str, float]]]:
-        """Score of every needle under every choice of heads."""
-        from headway.tasks.needle import needle_sample, planted_score
-
-        model, tokenizer, text = self.loaded()
-        setting = self.setting
-        sinks, recent = setting.serve
-        random = self.context.generator("needles")
-        samples = [
-            needle_sample(
-                tokenizer, setting.tokens, float(random.uniform(10, 30)), random, text=text[len(text) // 2 :],
-                digits=setting.digits,
-            )
-            for _ in range(setting.needles)
-        ]  # fmt: skip
-        near = min((sinks + recent) / setting.tokens, 1.0)
-        everywhere = round((SPARSITY * near + 1 - SPARSITY) * setting.tokens) - sinks
-        generator = self.context.torch_generator("random heads")
-        serve = partial(DuoAttention, sparsity=SPARSITY, sinks=sinks, recent=recent)
-        choices: dict[str, DuoAttention | None] = {
-            "full": None,
-            "learned": serve(gates=gates),
-            "inverted": serve(gates=-gates),
-            "everywhere": DuoAttention(gates=gates, sparsity=1.0, sinks=sinks, recent=everywhere),
-        }
-        for draw in range(RANDOM_DRAWS):
-            choices[f"random {draw}"] = serve(gates=torch.rand(gates.shape, generator=generator))
-        found: dict[str, list[dict[str, float]]] = {}
-        for name, policy in choices.items():
-            with nullcontext() if policy is None else use(model, policy):
-                scores = [planted_score(model, tokenizer, s, question_aware=True) for s in self._track(samples, name)]
-            found[name] = [
-                {"nll": s.mean_nll, "rank_one": s.rank_one_rate, "exact": float(s.rank_one.all())} for s in scores
-            ]
-        return found
-
-    def _track(self, samples: Sequence[Any], name: str) -> Any:
-        return self.context.track(samples, f"needles, {name} heads")
-
-
-class _Characters:
-    """A tokenizer of single characters, for runs that only show that everything runs."""
-
-    size = 136
-    chat_template = None
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [8 + ord(c) % 128 for c in text]}
-
-
-def _planted_heads(toys: Sequence[dict[str, Any]]) -> Claim:
-    hits = total = 0
-    for toy in toys:
-        order = torch.tensor(toy["gates"]).flatten().argsort(descending=True, stable=True)
-        best = {int(x) for x in order[: len(toy["planted"])]}
-        hits += sum(layer * planted.KV_HEADS + head in best for layer, head in toy["planted"])
-        total += len(toy["planted"])
-    return Claim(
-        id="planted-heads",
-        statement="Learned gates are highest at the heads that retrieve.",
-        paper=PaperValue("stated; gate maps shown", where="section 2"),
-        measured=proportion(hits, total),
-        criterion=CRITERIA["planted-heads"],
-        notes="Three of twelve KV heads are planted. " + _TOY_NOTE,
-        details={"gates": [toy["gates"] for toy in toys], "planted": [toy["planted"] for toy in toys]},
-    )
-
-
-_TOY_NOTE = (
-    "While the planted model was built, gates of two of its seeds were seen; the criterion is the one written in the "
-    "plan before, not fitted to them."
-)
-
-
-def _planted_accuracy(context: Context, toys: Sequence[dict[str, Any]]) -> Claim:
-    random = context.generator("planted accuracy")
-    several = {
-        name: bootstrap([toy[name] for toy in toys], generator=random) for name in ("full", "inverted", "random")
-    }
-    return Claim(
-        id="planted-accuracy",
-        statement="With a quarter of the heads kept whole by their learned gates, far lookups are as right as with "
-        "full attention; with inverted gates they are guesses.",
-        paper=PaperValue(
-            "comparable to full attention", "25 % or 50 % retrieval heads", "figures of needles and tasks"
-        ),
-        measured=bootstrap_difference(
-            [toy["learned"] for toy in toys], [toy["full"] for toy in toys], paired=True, generator=random
-        ),
-        criterion=CRITERIA["planted-accuracy"],
-        others=several,
-        notes=_TOY_NOTE,
-        details={name: [toy[name] for toy in toys] for name in ("full", "learned", "random", "inverted")},
-    )
-
-
-def _passkey_data(context: Context, toys: Sequence[dict[str, Any]]) -> Claim:
-    return Claim(
-        id="passkey-data",
-        statement="Gates learned on texts with lookups choose better heads than those learned on the same texts "
-        "without.",
-        paper=PaperValue("synthetic data better than language modelling", where="ablation of training data"),
-        measured=bootstrap_difference(
-            [toy["learned"] for toy in toys],
-            [toy["plain"] for toy in toys],
-            paired=True,
-            generator=context.generator("passkey data"),
-        ),
-        criterion=CRITERIA["passkey-data"],
-        notes="On the planted model, whose plain texts hold nothing to look up: the clearest case of the paper's "
-        "reason.",
-        details={name: [toy[name] for toy in toys] for name in ("learned", "plain")},
-    )
-
-
-def _ablation(context: Context, toys: Sequence[dict[str, Any]]) -> Claim:
-    gates = [x for toy in toys for row in toy["gates"] for x in row]
-    effects = [x for toy in toys for row in toy["effects"] for x in row]
-    return Claim(
-        id="ablation",
-        statement="The higher a head's gate, the more answers move when this head alone is made a streaming head.",
-        paper=PaperValue("gates measure the effect of a head on the output", where="section 2.2"),
-        measured=rank_correlation(gates, effects, generator=context.generator("ablation")),
-        criterion=CRITERIA["ablation"],
-        notes="Planted model. Nine of twelve heads have gates and effects near zero, in no order, which bounds the "
-        "coefficient away from 1.",
-        details={"gates": gates, "effects": effects},
-    )
 
 
 def _bytes_claim(found: Sequence[dict[str, Any]]) -> Claim:
@@ -376,8 +180,9 @@ def _needle_claims(context: Context, found: dict[str, list[dict[str, float]]], l
 
     setting = SETTINGS[context.size]
     names = ("full", "learned", "random", "inverted", "everywhere")
-    details = {"setting": vars(setting), "gates": learned["gates"], "mean gate": learned["mean"],
-               "gates above half": learned["above half"], "distill": learned["distill"]}  # fmt: skip
+    details = {"setting": vars(setting), "by length": _by_length(found), "gates": learned["gates"],
+               "mean gate": learned["mean"], "gates above half": learned["above half"],
+               "distill": learned["distill"]}  # fmt: skip
     scores = {f"{score} {name}": mean(name, score) for score in ("nll", "rank_one", "exact") for name in names}
 
     def worse(claim: str, name: str, statement: str, paper: PaperValue, notes: str = "") -> Claim:
@@ -401,8 +206,10 @@ def _needle_claims(context: Context, found: dict[str, list[dict[str, float]]], l
             "random",
             "At the same share, learned heads keep a far value better than random heads.",
             PaperValue("stated without a number", where="section 2"),
-            f"Mean of {RANDOM_DRAWS} random choices per needle. Gates of {setting.steps} steps on short contexts, not "
-            "of the paper's 2,000 steps on long ones.",
+            f"Mean of {RANDOM_DRAWS} random choices per needle, {setting.needles} needles at each of "
+            f"{len(setting.tokens)} lengths up to {max(setting.tokens):,} tokens. Gates of {setting.steps} steps on "
+            f"contexts of {min(setting.lengths)} to {max(setting.lengths)} tokens, not of the paper's 2,000 on up "
+            "to 32,000 tokens.",
         ),
         worse(
             "inverted-is-worse",
@@ -428,6 +235,17 @@ def _needle_claims(context: Context, found: dict[str, list[dict[str, float]]], l
             PaperValue("StreamingLLM fails on needles outside its window", where="figures of needles"),
         ),
     ]  # fmt: skip
+
+
+def _by_length(found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """Mean scores of every choice of heads at every length of the needles."""
+    lengths = sorted({row["tokens"] for row in found["full"]})
+    return [
+        {"tokens": length, "heads": name}
+        | {score: float(np.mean([r[score] for r in rows if r["tokens"] == length])) for score in ("nll", "rank_one")}
+        for length in lengths
+        for name, rows in found.items()
+    ]
 
 
 def _score_claim(context: Context, name: str, scores: list[list[float]], gates: list[list[float]]) -> Claim:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
-from headway.evidence.recipes._inline_toys import ARMS, edges, image_set, trained
+from headway.evidence.recipes._inline_toys import image_set
+from headway.evidence.recipes._inline_trained import TRAINED_CRITERIA, budget, trained_claims
 from headway.kernels.feature_rules import INLINE, Rule, feature_weights
 from headway.kernels.inline import inline_attention
 from headway.methods.layers.inline import LocalityObserver, MaskTokens, injectivity, same_row_query
 from headway.statistics import Measurement, bootstrap, bootstrap_difference, proportion
 from headway.train.images import Images
 
-#: The steps of the sheet's fixed budget, and of the longer one.
-SHORT, LONG = 300, 500
 #: Rows count as one below this, in float64.
 EXACT = 1e-9
 #: Dimension of the injectivity trials.
@@ -41,24 +39,10 @@ DIM = 6
 #: Mean and standard deviation of the three colours to which the embedded vision model is used.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-#: What had been seen before the arms were what they are.
-MORE_SEEDS = (
-    "The arms linear and inline on digits have eight seeds where a first run had four: the number was raised after that"
-    " run had been seen."
-)
-NO_ROTATION = (
-    "In a first run, whose numbers were seen, the softmax baseline turned queries and keys by position (RoPE); it was "
-    "taken out since no other arm does so."
-)
-
 CRITERIA = {
     "collision": all_of(at_least(0.1, label="mean largest change of a row"), at_most(1e-6, of="linear")),
     "injective": at_most(0, minimum_n=300, label="violations"),
-    "confusion": interval_excludes(0, side="above", requires=at_least(0.3, of="linear_accuracy", by="value")),
-    "digits-budget": at_least(0.15, requires=at_least(0.2, of="baseline", by="value")),
-    "digits-softmax": at_least(-0.01, requires=at_least(0.6, of="baseline", by="value")),
-    "mnist": interval_excludes(0, side="above", requires=at_least(0.3, of="baseline", by="value")),
-    "local-residual": interval_excludes(0, side="above", requires=at_least(0.5, of="with_residual", by="value")),
+    **TRAINED_CRITERIA,
     "locality": interval_excludes(1, side="above"),
     "masking": interval_excludes(0, side="above", requires=at_least(0.4, of="unmasked", by="value")),
     "cost": all_of(at_most(1.3, label="slope of InLine"), at_least(1.6, of="softmax")),
@@ -66,23 +50,16 @@ CRITERIA = {
 
 
 def run(context: Context) -> list[Claim]:
-    digits = _digits(context)
+    trained = trained_claims(context)
     real = context.stage("real", lambda: _real(context))
     return [
         _collision_claim(context, context.stage("collision", lambda: _collisions(context))),
         _injective_claim(context.stage("injective", lambda: _ranks(context))),
-        _confusion_claim(context, digits),
-        _budget_claim(context, digits),
-        _softmax_claim(context, digits),
-        _mnist_claim(context, _mnist(context)),
-        _residual_claim(context, _edges(context)),
+        *trained,
         _locality_claim(context, real),
         _masking_claim(context, real),
         _cost_claim(context, context.stage("cost", lambda: _cost(context))),
     ]
-
-
-Runs = dict[str, list[dict[str, Any]]]
 
 
 def _collisions(context: Context) -> dict[str, list[float]]:
@@ -118,60 +95,6 @@ def _ranks(context: Context) -> dict[str, Any]:
             change = feature_weights(query, key) - feature_weights(other, key)
             violations += int(change.abs().max() > EXACT or tokens > DIM)
     return {"violations": violations, "trials": trials, "injective": injective}
-
-
-def _digits(context: Context) -> Runs:
-    """Two layers of width 32 over one token per pixel. Softmax and InLine run on to the longer budget."""
-    few, many = context.choose(smoke=(2, 2), small=(4, 8), full=(20, 20))
-    short, long = _steps(context)
-    images, pair = image_set(context, "digits"), ("linear", "inline")
-
-    def arm(name: str) -> list[dict[str, Any]]:
-        steps = long if name in ("softmax", "inline + local") else short
-        shape: dict[str, Any] = {"patch": 1, "width": 32, "layers": 2}
-        return [
-            trained(name, images, seed=seed, steps=steps, looks=(short,), confusion=True, **shape)
-            for seed in context.track(context.seeds(many if name in pair else few), f"digits, {name}")
-        ]
-
-    return {name: context.stage(f"digits-{_slug(name)}", partial(arm, name)) for name in ARMS}
-
-
-def _steps(context: Context) -> tuple[int, int]:
-    """The fixed budget and the longer one."""
-    return context.choose(smoke=(3, 6), small=(SHORT, LONG), full=(SHORT, 3000))
-
-
-def _mnist(context: Context) -> Runs:
-    """Two layers of width 32 over 7 × 7 patches of 4 × 4."""
-    seeds = context.seeds(context.choose(smoke=2, small=3, full=20))
-    steps = context.choose(smoke=3, small=SHORT, full=3000)
-    images = image_set(context, "mnist-5k")
-
-    def arm(name: str) -> list[dict[str, Any]]:
-        shape: dict[str, Any] = {"patch": 4, "width": 32, "layers": 2}
-        return [
-            trained(name, images, seed=seed, steps=steps, **shape) for seed in context.track(seeds, f"MNIST, {name}")
-        ]
-
-    names = ("softmax", "linear", "inline", "inline + local")
-    return {name: context.stage(f"mnist-{_slug(name)}", partial(arm, name)) for name in names}
-
-
-def _edges(context: Context) -> Runs:
-    """One layer over a grid of 6 × 10 pixels in which only neighbours tell the class."""
-    seeds = context.seeds(context.choose(smoke=2, small=4, full=20))
-    steps, count = context.choose(smoke=(3, 120), small=(SHORT, 2000), full=(2000, 20_000))
-    images = edges(count, context.torch_generator("edges"))
-
-    def arm(name: str) -> list[dict[str, Any]]:
-        shape: dict[str, Any] = {"patch": 1, "width": 32, "layers": 1}
-        return [
-            trained(name, images, seed=seed, steps=steps, **shape) for seed in context.track(seeds, f"edges, {name}")
-        ]
-
-    names = ("linear", "linear + local", "inline", "inline + local")
-    return {name: context.stage(f"edges-{_slug(name)}", partial(arm, name)) for name in names}
 
 
 def _real(context: Context) -> dict[str, Any]:
@@ -271,31 +194,6 @@ def _slope(lengths: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
-def _slug(name: str) -> str:
-    return name.replace(" + ", "-").replace(" ", "-")
-
-
-def _accuracies(runs: Runs, name: str, step: int | None = None) -> list[float]:
-    return [run["accuracy"] if step is None else run["looks"][str(step)] for run in runs[name]]
-
-
-def _means(context: Context, runs: Runs, step: int | None = None) -> dict[str, Measurement]:
-    """The mean accuracy of every arm that has it."""
-    known = [name for name in runs if step is None or str(step) in runs[name][0]["looks"]]
-    return {
-        name: bootstrap(_accuracies(runs, name, step), generator=context.generator(f"mean {name}")) for name in known
-    }
-
-
-def _gain(context: Context, runs: Runs, first: str, second: str, step: int | None = None) -> Measurement:
-    return bootstrap_difference(
-        _accuracies(runs, first, step),
-        _accuracies(runs, second, step),
-        paired=True,
-        generator=context.generator(f"{first} against {second}"),
-    )
-
-
 def _collision_claim(context: Context, found: dict[str, list[float]]) -> Claim:
     random = context.generator("collision interval")
     return Claim(
@@ -322,100 +220,6 @@ def _injective_claim(found: dict[str, Any]) -> Claim:
         notes="The paper leaves the condition on the keys open. Where it is not met another query with the same row is "
         "constructed; where it is met the smallest gain of the map from query to row is above zero.",
         details={"injective": found["injective"]},
-    )
-
-
-def _confusion_claim(context: Context, digits: Runs) -> Claim:
-    shares = {
-        name: [run["confusion"]["confused"] / max(run["confusion"]["unlike"], 1) for run in runs]
-        for name, runs in digits.items()
-    }
-    random = context.generator("confusion interval")
-    return Claim(
-        id="confusion",
-        statement="In trained classifiers linear attention gives unlike queries the same row more often than InLine.",
-        paper=PaperValue("many confused pairs for linear, almost none for softmax and InLine", where="figure 2"),
-        measured=bootstrap_difference(shares["linear"], shares["inline"], paired=True, generator=random),
-        baseline=bootstrap(shares["inline"], generator=random),
-        criterion=CRITERIA["confusion"],
-        others={
-            "linear_accuracy": bootstrap(_accuracies(digits, "linear"), generator=random),
-            **{_slug(name): bootstrap(share, generator=random) for name, share in shares.items()},
-        },
-        notes="Share of pairs with queries further apart than half their root-mean-square length whose rows differ by "
-        f"less than 0.001; both layers, held-out digits. Thresholds are ours. {MORE_SEEDS}",
-    )
-
-
-def _budget_claim(context: Context, digits: Runs) -> Claim:
-    step = _steps(context)[0]
-    means = _means(context, digits, step)
-    return Claim(
-        id="digits-budget",
-        statement="After 300 steps InLine attention classifies digits by 15 points better than linear attention.",
-        paper=PaperValue("InLine above linear attention at equal cost", "ImageNet-1K, 300 epochs", "ablation"),
-        measured=_gain(context, digits, "inline", "linear", step),
-        baseline=means["linear"],
-        criterion=CRITERIA["digits-budget"],
-        others={_slug(name): mean for name, mean in means.items()},
-        notes="One token per pixel, width 32, two layers; no local residual in the two arms of the difference. The "
-        f"criterion stands on an earlier run of two seeds on another implementation. {MORE_SEEDS} The claim was "
-        "inconclusive in that run (0.30, interval from -0.03 to 0.63).",
-        details={"runs": digits},
-    )
-
-
-def _softmax_claim(context: Context, digits: Runs) -> Claim:
-    step = _steps(context)[1]
-    means = _means(context, digits, step)
-    return Claim(
-        id="digits-softmax",
-        statement="At the longer budget InLine attention with its residual is at most one point below softmax.",
-        paper=PaperValue("+0.3 points over PVT, +0.1 over Swin-B", "ImageNet-1K, 300 epochs", "figure of the README"),
-        measured=_gain(context, digits, "inline + local", "softmax", step),
-        baseline=means["softmax"],
-        criterion=CRITERIA["digits-softmax"],
-        others={"inline-local": means["inline + local"]},
-        notes=NO_ROTATION,
-    )
-
-
-def _mnist_claim(context: Context, runs: Runs) -> Claim:
-    means = _means(context, runs)
-    return Claim(
-        id="mnist",
-        statement="On 5,000 images of MNIST InLine attention with its residual is better than linear attention.",
-        paper=PaperValue("InLine above linear attention", "ImageNet-1K, 300 epochs", "ablation"),
-        measured=_gain(context, runs, "inline + local", "linear"),
-        baseline=means["linear"],
-        criterion=CRITERIA["mnist"],
-        others={
-            **{_slug(name): mean for name, mean in means.items()},
-            "without_residual": _gain(context, runs, "inline", "linear"),
-            "against_softmax": _gain(context, runs, "inline + local", "softmax"),
-        },
-        notes=NO_ROTATION,
-        details={"runs": runs},
-    )
-
-
-def _residual_claim(context: Context, runs: Runs) -> Claim:
-    means = _means(context, runs)
-    return Claim(
-        id="local-residual",
-        statement="Where only neighbours tell the class, the local residual makes InLine attention better.",
-        paper=PaperValue("the residual adds to InLine and to linear attention", "ImageNet-1K", "ablation"),
-        measured=_gain(context, runs, "inline + local", "inline"),
-        baseline=means["inline"],
-        criterion=CRITERIA["local-residual"],
-        others={
-            "with_residual": means["inline + local"],
-            "linear": means["linear"],
-            "linear-local": means["linear + local"],
-            "gain_of_linear": _gain(context, runs, "linear + local", "linear"),
-        },
-        notes="Made images of 6 × 10 pixels, equally bright, with one of four patterns anywhere; chance is 0.25.",
-        details={"runs": runs},
     )
 
 
@@ -495,7 +299,7 @@ def _plots(context: Context, claims: Sequence[Claim]) -> None:
     import plotly.graph_objects as go
 
     found = next(claim for claim in claims if claim.id == "digits-budget")
-    runs, step = found.details["runs"], str(_steps(context)[0])
+    runs, step = found.details["runs"], str(budget(context)[0])
     figure = go.Figure([go.Box(y=[run["looks"][step] for run in runs[name]], name=name) for name in runs])
     figure.update_layout(title=f"Digits, {step} steps", yaxis_title="held-out accuracy", showlegend=False)
     context.save_plot(figure, "digits")

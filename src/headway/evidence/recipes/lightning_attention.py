@@ -56,7 +56,7 @@ def run(context: Context) -> list[Claim]:
     training = context.stage("training", lambda: costs.training(context))
     decoding = context.stage("decoding", lambda: costs.decoding(context))
     memory = context.stage("memory", lambda: costs.memory(context))
-    languages = context.stage("languages", lambda: text.languages(context))
+    languages = text.languages(context)
     return [
         *_forward_claims(context, forward),
         _backward_claim(context, both),

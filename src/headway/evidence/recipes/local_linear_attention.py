@@ -23,6 +23,7 @@ from headway.evidence.criteria import (
     at_most,
     interval_excludes,
 )
+from headway.evidence.parallel import Together, processes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _local_linear_solver as solver
 from headway.evidence.recipes import _local_linear_trained as toys
@@ -72,14 +73,15 @@ CRITERIA = {
 def run(context: Context) -> list[Claim]:
     pieces = {d: context.stage(f"piecewise-{d}", partial(_fixed, context, d)) for d in DIMS}
     tuned = {d: context.stage(f"tuned-{d}", partial(_tuned, context, d)) for d in DIMS}
+    with processes(context.choose(smoke=1, small=2, full=1)) as together:
+        trained = [*_trained_claims(context, together), _parity_claim(context, together)]
     return [
         _piecewise_claim(context, "piecewise", pieces),
         _piecewise_claim(context, "piecewise-tuned", tuned),
         _stationary_claim(context, context.stage("stationary", partial(_fixed, context, 16, segments=1))),
         _rate_claim(context, context.stage("rate", partial(_rates, context))),
         *solver.claims(context),
-        *_trained_claims(context),
-        _parity_claim(context),
+        *trained,
     ]
 
 
@@ -220,15 +222,16 @@ def _rate_claim(context: Context, found: dict[str, list[list[float]]]) -> Claim:
     )
 
 
-def _trained_claims(context: Context) -> list[Claim]:
+def _trained_claims(context: Context, together: Together) -> list[Claim]:
     seeds = context.seeds(context.choose(smoke=2, small=3, full=10))
     steps, pairs = context.choose(smoke=(2, 8), small=(400, 32), full=(2000, 48))
     found: dict[str, dict[str, list[float]]] = {}
     for task in ("recall", "regression"):
         found[task] = {}
         for mixer in toys.MIXERS:
-            train_one = partial(toys.trained, task, mixer, steps=steps, pairs=pairs)
-            found[task][mixer] = context.stage(f"{task}-{mixer}", partial(_each, train_one, seeds))
+            calls = [(task, mixer, seed) for seed in seeds]
+            train_one = partial(toys.trained, steps=steps, pairs=pairs)
+            found[task][mixer] = context.stage(f"{task}-{mixer}", partial(together, train_one, calls))
     settings = {"seeds": len(seeds), "steps": steps, "pairs": pairs, "width": toys.WIDTH, "heads": toys.HEADS}
     means = {
         task: {
@@ -279,13 +282,12 @@ def _trained_claims(context: Context) -> list[Claim]:
     return claims
 
 
-def _parity_claim(context: Context) -> Claim:
+def _parity_claim(context: Context, together: Together) -> Claim:
     seeds = context.seeds(context.choose(smoke=2, small=3, full=10))
     steps, count = context.choose(smoke=(2, 6), small=(150, 24), full=(5000, 64))
+    track_one = partial(toys.tracked, steps=steps, count=count)
     found = {
-        mixer: context.stage(
-            f"parity-{mixer}", partial(_each, partial(toys.tracked, mixer, steps=steps, count=count), seeds)
-        )
+        mixer: context.stage(f"parity-{mixer}", partial(together, track_one, [(mixer, seed) for seed in seeds]))
         for mixer in ("local_linear", "softmax")
     }
     means = {name: toys.mean_of(v, context.generator(f"parity {name}"), seeds) for name, v in found.items()}
@@ -299,10 +301,6 @@ def _parity_claim(context: Context) -> Claim:
         notes="A limit, not a win: chance is a half, and the first bits are easy. Baseline: softmax, trained alike.",
         details={"bits": count, "steps": steps, "accuracy": found},
     )
-
-
-def _each(measure: Callable[[int], float], seeds: list[int]) -> list[float]:
-    return [measure(seed) for seed in seeds]
 
 
 RECIPE = Recipe(

@@ -142,13 +142,14 @@ def _real(context: Context) -> dict[str, Any]:
     corpus = prose_corpus(
         sentences, documents, random, sizes=(max(longest // 8, 8), int(1.4 * longest)), facts=2, count=count
     )
-    data = method.count_tokens(method.from_corpus(corpus), encoder.tokenizer)
+    data = method.count_tokens(method.from_corpus(corpus), encoder.tokenizer, name=encoder.name)
     model, words = method.evaluate(data, encoder), method.evaluate(data, method.Bm25())
     fillers = _fillers(sentences, moved, int(0.85 * longest), count, random)
     facts = english_facts(moved, random)
     pairs = _middle(encoder, sentences, looks, random)
     movers: tuple[Encoder | Scorer, ...] = (encoder, method.Bm25())
     found = {
+        "counted by": data.counted_by,
         "minilm": measured(model, edges, resamples) | {"behind": _behind(model, longest)},
         "bm25": measured(words, edges, resamples) | {"behind": _behind(words, longest)},
         "moved": {

@@ -10,52 +10,36 @@ Paper: Recycled Attention: Efficient inference for long-context language models,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from headway.door.attach import observe, use
-from headway.door.call import AttentionCall
-from headway.door.stages import CachePolicy, Observer
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
-from headway.evidence.recipes._long_text import host_and_text, no_gpu, perplexity_of, perplexity_ratio
-from headway.evidence.recipes._recycled_toys import (
-    CHECK,
-    PLANTED_STRIDES,
-    SINKS,
-    SPELLING,
-    THRESHOLD,
-    TIMED_BUDGET,
-    TIMED_STRIDE,
-    attention_times,
-    bursty_drift,
-    chains,
-    planted_drift,
+from headway.evidence.recipes._long_text import host_and_text, no_gpu
+from headway.evidence.recipes._recycled_claims import (
+    chain_claim,
+    drift_claim,
+    dynamic_claim,
+    full_step_claim,
+    hops_claim,
+    ideal_claim,
+    slope_claim,
 )
-from headway.kernels.head_scores import streaming_mass
-from headway.methods.long_context.recycled_attention import (
-    RecycledAttention,
-    ideal_speedup,
-    recovered_mass,
-)
-from headway.methods.sinks.streaming_llm import StreamingLLM
-from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
-from headway.tasks.perplexity import negative_log_likelihood
+from headway.evidence.recipes._recycled_decoding import decoded, decoding_claims
+from headway.evidence.recipes._recycled_mass import RIVALS, mass_by_stride, mass_of_sets
+from headway.evidence.recipes._recycled_toys import attention_times, bursty_drift, chains, planted_drift
+from headway.statistics import Measurement, bootstrap, bootstrap_difference
 
 #: Keys of the context per key of the budget: the paper reads 2,048 of 16,384.
 SHARE = 8
 #: Strides whose mean recovered mass is compared.
 STRIDES = (5, 10, 25, 50)
-#: The stride of the paper's language-model runs.
-STRIDE = 10
 
 CRITERIA = {
     "recovers-mass": all_of(
@@ -68,7 +52,19 @@ CRITERIA = {
             for short, long in pairwise(STRIDES)
         )
     ),
+    "mass-of-sets": all_of(
+        interval_excludes(0, of="s10_over_once", side="above", minimum_n=8, label="S = 10 over one choice"),
+        interval_excludes(0, of="s50_over_once", side="above", minimum_n=8, label="S = 50 over one choice"),
+        interval_excludes(0, of="s10_over_snapkv", side="above", minimum_n=8, label="S = 10 over SnapKV"),
+        interval_excludes(0, of="s10_over_h2o", side="above", minimum_n=8, label="S = 10 over H2O"),
+        interval_excludes(0, of="once_over_random", side="above", minimum_n=8, label="one choice over random"),
+    ),
+    "mass-by-length": at_least(-0.05, minimum_n=16, label="mass at the longest context less that at the shortest"),
     "nearer-than-streaming": interval_excludes(1, side="below", minimum_n=4, label="PPL ÷ that of sinks and window"),
+    "nearer-than-snapkv": all_of(
+        interval_excludes(1, side="below", minimum_n=4, label="PPL ÷ SnapKV's"),
+        interval_excludes(1, of="to_h2o", side="below", minimum_n=4, label="PPL ÷ H2O's"),
+    ),
     "close-to-dense": at_most(1.1, minimum_n=4, label="PPL ÷ dense"),
     "agrees-with-dense": interval_excludes(0, side="above", minimum_n=100, label="agreement over sinks and window"),
     "refresh-matters": interval_excludes(
@@ -86,21 +82,30 @@ CRITERIA = {
         at_most(0.3, of="one_shot", label="one choice"),
         at_most(0.3, of="streaming", label="sinks and window"),
     ),
+    "chain-by-length": all_of(
+        at_least(0.95, label="last hop right with S = 4"),
+        at_least(0.95, of="dynamic_last", label="last hop right with dynamic steps"),
+        at_least(0.95, of="once_first", label="first hop right with one choice"),
+        at_most(0.3, of="once_later", label="later hops right with one choice"),
+    ),
     "time-slope": at_most(0.25, minimum_n=3, label="slope of step time with context ÷ dense"),
     "time-near-ideal": at_least(1 / 1.5, minimum_n=3, label="speed-up ÷ that of the keys read"),
+    "full-step": at_most(1.5, minimum_n=3, label="time of a full step ÷ dense"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`context` tokens before `decode` steps of each of `texts`; `recorded` tokens for recovered mass, from `starts`
-    full steps; `drifts` seeds of the planted process; attention is timed at the `lengths`."""
+    """`context` tokens before `decode` steps of each of `texts`; `recorded` tokens for recovered mass from `starts`
+    full steps each, with every other set of keys beside it at `compared` tokens; `drifts` seeds of the planted process;
+    attention is timed at the `lengths`."""
 
     model: str
     context: int
     decode: int
     texts: int
-    recorded: int
+    recorded: tuple[int, ...]
+    compared: int
     starts: int
     drifts: int
     hops: int
@@ -109,16 +114,16 @@ class Settings:
 
 
 SMOKE = Settings(
-    model="tiny", context=128, decode=12, texts=2, recorded=480, starts=2, drifts=2, hops=4, lengths=(1200, 2400),
-    repeats=2,
+    model="tiny", context=128, decode=12, texts=2, recorded=(420, 480), compared=480, starts=2, drifts=2, hops=4,
+    lengths=(1200, 2400), repeats=2,
 )  # fmt: skip
 SMALL = Settings(
-    model="smollm2", context=1024, decode=64, texts=4, recorded=2048, starts=12, drifts=8, hops=12,
-    lengths=(8192, 16_384, 32_768), repeats=5,
+    model="smollm2", context=1024, decode=64, texts=4, recorded=(1024, 2048, 4096), compared=2048, starts=12,
+    drifts=8, hops=12, lengths=(8192, 16_384, 32_768), repeats=5,
 )  # fmt: skip
 FULL = Settings(
-    model="meta-llama/Llama-3.1-8B", context=16_384, decode=1000, texts=6, recorded=8192, starts=50, drifts=50,
-    hops=50, lengths=(16_384, 32_768, 65_536), repeats=20,
+    model="meta-llama/Llama-3.1-8B", context=16_384, decode=1000, texts=6, recorded=(2048, 4096, 8192), compared=8192,
+    starts=50, drifts=50, hops=50, lengths=(16_384, 32_768, 65_536), repeats=20,
 )  # fmt: skip
 
 
@@ -128,130 +133,67 @@ def run(context: Context) -> list[Claim]:
 
     def loaded() -> Any:
         if not host:
-            needed = max(settings.recorded, settings.texts * (settings.context + settings.decode + 1))
+            needed = max(*settings.recorded, settings.texts * (settings.context + settings.decode + 1))
             host.append(host_and_text(settings.model, needed))
         return host[0]
 
-    mass = context.stage("recovered-mass", lambda: _recorded_mass(settings, loaded()))
-    decoded = context.stage("decoding", lambda: _decoding(context, settings, loaded()))
+    mass = {n: context.stage(f"mass-{n}", partial(_mass, context, settings, loaded, n)) for n in settings.recorded}
+    found = decoded(
+        context, loaded, texts=settings.texts, prompt=settings.context, steps=settings.decode,
+        budget=settings.context // SHARE,
+    )  # fmt: skip
     drift = context.stage("planted-drift", lambda: planted_drift(context, settings.drifts))
     bursts = context.stage("bursty-drift", lambda: bursty_drift(context, settings.drifts))
     chain = context.stage("chain", lambda: chains(context, settings.drifts, settings.hops))
     times = context.stage("attention-time", lambda: attention_times(context, settings.lengths, settings.repeats))
+    compared = mass[settings.compared]
     return [
-        _mass_claim(context, settings, mass),
-        _stride_claim(context, mass),
-        *_decoding_claims(context, settings, decoded),
-        _drift_claim(context, drift),
-        _dynamic_claim(context, bursts),
-        _chain_claim(context, settings, chain),
-        _slope_claim(context, settings, times),
-        _ideal_claim(context, settings, times),
+        _mass_claim(context, settings, compared),
+        _stride_claim(context, compared),
+        _sets_claim(context, settings, compared),
+        _length_claim(context, settings, mass),
+        *decoding_claims(context, found, settings.model, settings.context, CRITERIA),
+        drift_claim(context, drift, CRITERIA["planted-drift"]),
+        dynamic_claim(context, bursts, CRITERIA["dynamic-beats-fixed"]),
+        chain_claim(context, chain, CRITERIA["chain-of-keys"]),
+        hops_claim(context, chain, CRITERIA["chain-by-length"]),
+        slope_claim(context, settings.lengths, times, CRITERIA["time-slope"]),
+        ideal_claim(context, settings.lengths[-1], times, CRITERIA["time-near-ideal"]),
+        full_step_claim(context, settings.lengths[-1], times, CRITERIA["full-step"]),
     ]
 
 
-class _MassObserver(Observer):
-    """Mass by steps since a full one, of the recycled set and of sinks and a window: (starts, steps) per site."""
-
-    reads_weights = True
-
-    def __init__(self, starts: Sequence[int], steps: int, budget: int) -> None:
-        self.starts, self.steps, self.budget = starts, steps, budget
-
-    def start(self) -> None:
-        self.recycled: list[Tensor] = []
-        self.streaming: list[Tensor] = []
-
-    def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
-        for kept in (self.recycled, self.streaming):
-            kept.append(torch.empty(len(self.starts), self.steps))
-        for number, start in enumerate(self.starts):
-            rows = torch.arange(start, start + self.steps + 1, device=call.query.device)
-            weights = call.weights(rows)[..., : start + self.steps + 1]
-            found = recovered_mass(weights, call.key.shape[1], self.budget)
-            self.recycled[-1][number] = found.mean((0, 1)).cpu()
-            near = streaming_mass(weights[:, :, 1:], rows[1:], sinks=SINKS, window=self.budget - SINKS)[1]
-            self.streaming[-1][number] = near.mean((0, 1)).cpu()
-
-    def result(self) -> dict[str, Tensor]:
-        return {name: torch.stack(getattr(self, name)).mean(0) for name in ("recycled", "streaming")}
+def _mass(context: Context, settings: Settings, loaded: Callable[[], Any], tokens: int) -> dict[str, Any]:
+    model, ids, _ = loaded()
+    return mass_of_sets(
+        context, model, ids[:, :tokens], starts=settings.starts, steps=max(STRIDES) - 1, budget=tokens // SHARE,
+        rivals=tokens == settings.compared,
+    )  # fmt: skip
 
 
-def _recorded_mass(settings: Settings, host: Any) -> dict[str, Any]:
-    """Mean over heads and layers, by start and by steps since the full one."""
-    model, ids, _ = host
-    ids = ids[:, : settings.recorded]
-    steps, budget = max(STRIDES) - 1, settings.recorded // SHARE
-    first = settings.recorded // 2
-    starts = torch.linspace(first, settings.recorded - steps - 1, settings.starts).long().tolist()
-    observer = _MassObserver(starts, steps, budget)
-    with observe(model, observer), torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    return {"budget": budget, "starts": starts} | {k: v.tolist() for k, v in observer.result().items()}
-
-
-def _decoding(context: Context, settings: Settings, host: Any) -> dict[str, Any]:
-    """Per-token nll and the likeliest next tokens, (texts, steps), of every method on the same texts."""
-    model, ids, _ = host
-    length = settings.context + settings.decode + 1
-    texts = ids[0, : settings.texts * length].view(settings.texts, length)
-    budget = settings.context // SHARE
-    recycled = partial(RecycledAttention, budget=budget)
-    policies: dict[str, CachePolicy | None] = {
-        "dense": None,
-        "streaming": StreamingLLM(sinks=SINKS, window=budget - SINKS),
-        "recycled": recycled(stride=STRIDE),
-        "dynamic": recycled(stride=None, threshold=THRESHOLD, check=CHECK),
-        "one choice": recycled(stride=None),
-        "attend": recycled(stride=STRIDE, full_step="attend"),
-        "select": recycled(stride=STRIDE, full_step="select"),
-    }
-    found: dict[str, Any] = {"budget": budget}
-    for name, policy in context.track(policies.items(), "decoding"):
-        if policy is None:
-            found[name] = _decode(model, texts, settings.context, [settings.decode])
-            continue
-        # Chunks of StreamingLLM are exact; recycling happens in single steps alone.
-        steps = [settings.decode] if name == "streaming" else [1] * settings.decode
-        with use(model, policy):
-            found[name] = _decode(model, texts, settings.context, steps)
-    return found
-
-
-@torch.no_grad()
-def _decode(model: Any, texts: Tensor, context: int, steps: Sequence[int]) -> dict[str, Any]:
-    """Reads the context and then the true next tokens in pieces of `steps`."""
-    options = {"logits_to_keep": 1}
-    cache = model(input_ids=texts[:, :context], use_cache=True, **options).past_key_values
-    start, nll, likeliest = context, [], []
-    for step in steps:
-        out = model(input_ids=texts[:, start : start + step], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        wanted = texts[:, start + 1 : start + 1 + step]
-        loss = negative_log_likelihood(out.logits.flatten(0, 1), wanted.flatten())
-        nll.append(loss.view(texts.shape[0], step))
-        likeliest.append(out.logits.argmax(-1).cpu())
-        start += step
-    full = cache.full_steps().double().mean() if hasattr(cache, "full_steps") else torch.tensor(0.0)
-    return {"nll": torch.cat(nll, 1).tolist(), "next": torch.cat(likeliest, 1).tolist(), "full": float(full)}
+def _paired(context: Context, name: str, first: Any, second: Any) -> Measurement:
+    return bootstrap_difference(first, second, paired=True, generator=context.generator(name))
 
 
 def _mass_claim(context: Context, settings: Settings, mass: dict[str, Any]) -> Claim:
-    recycled, streaming = (np.asarray(mass[name]).mean(1) for name in ("recycled", "streaming"))
+    means = {name: np.asarray(mass[name]).mean(1) for name in ("recycled", "first version", "streaming")}
     return Claim(
         id="recovers-mass",
         statement="The keys that a full step chose hold most of the attention of the steps behind it, more than sinks "
         "and a window of as many keys.",
-        paper=PaperValue("over 90 % against about 65 %", "Llama-3.1-8B behind 8k tokens", "figure on recovered mass"),
-        measured=bootstrap(recycled, generator=context.generator("mass")),
-        baseline=bootstrap(streaming, generator=context.generator("streaming mass")),
+        paper=PaperValue(
+            "over 90 % against about 65 %", "Llama-3.1-8B behind 8k tokens, first version", "figure on recovered mass"
+        ),
+        measured=bootstrap(means["recycled"], generator=context.generator("mass")),
+        baseline=bootstrap(means["streaming"], generator=context.generator("streaming mass")),
         criterion=CRITERIA["recovers-mass"],
         others={
-            "over_streaming": bootstrap_difference(
-                recycled, streaming, paired=True, generator=context.generator("mass difference")
-            )
+            "over_streaming": _paired(context, "mass difference", means["recycled"], means["streaming"]),
+            "first_version": bootstrap(means["first version"], generator=context.generator("first version mass")),
         },
-        notes="The full steps are those of one text; their interval takes them for independent.",
+        notes="Measured with the pooled scores of the later version, the default. The paper's figure is of its first "
+        "version, whose scores stand beside it. The full steps are those of one text; their interval takes them for "
+        "independent.",
         details={
             "model": settings.model,
             "budget": mass["budget"],
@@ -264,8 +206,7 @@ def _mass_claim(context: Context, settings: Settings, mass: dict[str, Any]) -> C
 
 def _stride_claim(context: Context, mass: dict[str, Any]) -> Claim:
     """A stride of S recovers everything once and the first S − 1 steps of the curve."""
-    curve = np.asarray(mass["recycled"])
-    by_stride = {stride: (1 + curve[:, : stride - 1].sum(1)) / stride for stride in STRIDES}
+    by_stride = mass_by_stride(mass["recycled"], STRIDES)
     return Claim(
         id="mass-falls-with-stride",
         statement="The longer the stride, the less of the attention is recovered.",
@@ -273,168 +214,53 @@ def _stride_claim(context: Context, mass: dict[str, Any]) -> Claim:
         measured=bootstrap(by_stride[STRIDES[-1]], generator=context.generator("longest stride")),
         criterion=CRITERIA["mass-falls-with-stride"],
         others={
-            f"{short}_over_{long}": bootstrap_difference(
-                by_stride[short], by_stride[long], paired=True, generator=context.generator(f"stride {short}")
-            )
+            f"{short}_over_{long}": _paired(context, f"stride {short}", by_stride[short], by_stride[long])
             for short, long in pairwise(STRIDES)
         },
         details={"mass by stride": {str(stride): float(values.mean()) for stride, values in by_stride.items()}},
     )
 
 
-def _decoding_claims(context: Context, settings: Settings, decoded: dict[str, Any]) -> list[Claim]:
-    names = [name for name in decoded if name != "budget"]
-    nll = {name: np.asarray(decoded[name]["nll"]).ravel().tolist() for name in names}
-    block = max(settings.decode // 4, 1)
-    table = {
-        "model": settings.model,
-        "context": settings.context,
-        "budget": decoded["budget"],
-        "perplexity": {name: perplexity_of(nll[name]) for name in names},
-        "full steps, mean over layers": {name: decoded[name]["full"] for name in names},
+def _sets_claim(context: Context, settings: Settings, mass: dict[str, Any]) -> Claim:
+    own = mass_by_stride(mass["recycled"], STRIDES)
+    others = {name: np.asarray(mass[name]).mean(1) for name in RIVALS}
+    pairs = {
+        "s10_over_once": (own[10], others["one choice"]),
+        "s50_over_once": (own[50], others["one choice"]),
+        "s10_over_snapkv": (own[10], others["snapkv"]),
+        "s10_over_h2o": (own[10], others["h2o"]),
+        "once_over_random": (others["one choice"], others["random"]),
     }
-    dense = np.asarray(decoded["dense"]["next"])
-    agreement = {name: (np.asarray(decoded[name]["next"]) == dense).ravel().astype(float) for name in names}
-
-    def ratio(method: str, baseline: str) -> Measurement:
-        return perplexity_ratio(context, f"{method} {baseline}", nll[method], nll[baseline], block=block)
-
-    return [
-        Claim(
-            id="nearer-than-streaming",
-            statement="At the same number of keys, recycling predicts better than sinks and a window.",
-            paper=PaperValue("2.36 against 2.62", "Arxiv, 16k, K = 2048, S = 10", "language-model table"),
-            measured=ratio("recycled", "streaming"),
-            criterion=CRITERIA["nearer-than-streaming"],
-            others={"dynamic": ratio("dynamic", "streaming"), "one_choice": ratio("one choice", "streaming")},
-            notes="StreamingLLM here evicts in prefill too, as it is used; recycling always prefills densely.",
-            details=table,
-        ),
-        Claim(
-            id="close-to-dense",
-            statement="Recycling predicts nearly as well as dense attention.",
-            paper=PaperValue("2.36 against 2.22 (6 %)", "Arxiv, 16k, K = 2048, S = 10", "language-model table"),
-            measured=ratio("recycled", "dense"),
-            criterion=CRITERIA["close-to-dense"],
-            others={"dynamic": ratio("dynamic", "dense"), "streaming": ratio("streaming", "dense")},
-            details=table,
-        ),
-        Claim(
-            id="agrees-with-dense",
-            statement="Recycling names dense attention's likeliest next token more often than sinks and a window do.",
-            paper=PaperValue("stated through task scores", "RULER, 63 against 22 at 32k", "RULER table"),
-            measured=bootstrap_difference(
-                agreement["recycled"], agreement["streaming"], paired=True, generator=context.generator("agreement")
-            ),
-            criterion=CRITERIA["agrees-with-dense"],
-            details=table | {"agreement": {name: float(same.mean()) for name, same in agreement.items()}},
-        ),
-        Claim(
-            id="refresh-matters",
-            statement="What full steps give is the choice that they renew: reading everything now and then is not it.",
-            paper=PaperValue("2.50 without refresh, 2.32 reading only the refreshed set", "Arxiv", "ablation"),
-            measured=ratio("attend", "select"),
-            criterion=CRITERIA["refresh-matters"],
-            others={
-                "without_to_both": ratio("attend", "recycled"),
-                "only_refreshed_to_both": ratio("select", "recycled"),
-            },
-            details=table,
-        ),
-    ]
-
-
-def _drift_claim(context: Context, drift: dict[str, list[float]]) -> Claim:
-    means = [float(np.mean(drift[str(stride)])) for stride in PLANTED_STRIDES]
-    chain = [*means, float(np.mean(drift["one choice"])), float(np.mean(drift["streaming"]))]
-    violations = sum(later > earlier for earlier, later in pairwise(chain))
     return Claim(
-        id="planted-drift",
-        statement="Where a query changes topic about every 60 steps, short strides follow it and one choice does not.",
-        paper=PaperValue("no such experiment", "4,096 keys in 64 clusters, 128 kept", "planted here"),
-        measured=bootstrap(drift["10"], generator=context.generator("drift")),
-        criterion=CRITERIA["planted-drift"],
-        others={
-            "one_shot": bootstrap(drift["one choice"], generator=context.generator("one shot")),
-            "violations": Measurement(violations, n=len(chain) - 1),
-        },
-        notes="The order was known from an earlier sketch of a like process: 0.97, 0.97, 0.93, 0.80 and 0.46 for "
-        "strides of 5 to 100, 0.08 for one choice and 0.03 for sinks and a window. Topics got unequal lengths after "
-        "a first look: where all last 60 steps, strides that divide 60 miss nothing. The criterion stayed.",
-        details={name: float(np.mean(values)) for name, values in drift.items()},
-    )
-
-
-def _dynamic_claim(context: Context, bursts: dict[str, list[float]]) -> Claim:
-    return Claim(
-        id="dynamic-beats-fixed",
-        statement="With as many full steps, asking for them on low similarity recovers more in bursty drift.",
-        paper=PaperValue("2.32 in 7.07 s against 2.36 in 7.14 s", "Arxiv, QC = 5, s = 0.8", "language-model table"),
-        measured=bootstrap_difference(
-            bursts["dynamic"], bursts["fixed"], paired=True, generator=context.generator("bursts")
+        id="mass-of-sets",
+        statement="On real text a renewed choice holds more attention than one choice, SnapKV or H2O of as many keys.",
+        paper=PaperValue(
+            "2.27 against 2.54 (SnapKV) and 2.48 (H2O)", "perplexity, Arxiv, later version", "language-model table"
         ),
-        criterion=CRITERIA["dynamic-beats-fixed"],
-        details=bursts,
-    )
-
-
-def _chain_claim(context: Context, settings: Settings, chain: dict[str, list[float]]) -> Claim:
-    def share(name: str) -> Measurement:
-        return bootstrap(chain[name], generator=context.generator(f"chain {name}"))
-
-    return Claim(
-        id="chain-of-keys",
-        statement="Where each answer names the next question, a choice made once fails behind the first hop and a "
-        "renewed one follows.",
-        paper=PaperValue("25 against 12 and 10; dense 56", "chain-of-key, later version", "table"),
-        measured=share("4"),
-        criterion=CRITERIA["chain-of-keys"],
-        others={
-            "dynamic": share("dynamic"),
-            "one_shot": share("one choice"),
-            "streaming": share("streaming"),
-            "dense": share("dense"),
-            "stride_32": share("32"),
-        },
-        notes=f"Attention with planted keys, {SPELLING} tokens to a name; no model is trained.",
-        details={"hops": settings.hops, "share of hops right": {k: float(np.mean(v)) for k, v in chain.items()}},
-    )
-
-
-def _slope_claim(context: Context, settings: Settings, times: dict[str, Any]) -> Claim:
-    short, long = str(settings.lengths[0]), str(settings.lengths[-1])
-
-    def slopes(side: str) -> list[float]:
-        return [b - a for a, b in zip(times[short][side], times[long][side], strict=True)]
-
-    return Claim(
-        id="time-slope",
-        statement="The time of a step of attention grows far less with the context than that of a dense step.",
-        paper=PaperValue("1.27 s to 1.38 s; dense 1.71 s to 2.40 s", "32k to 64k, S = 50, A100", "RULER table"),
-        measured=bootstrap_ratio(
-            slopes("recycled"), slopes("dense"), paired=True, statistic="median", generator=context.generator("slope")
-        ),
-        criterion=CRITERIA["time-slope"],
-        notes=f"Mean over a stride of {TIMED_STRIDE}, its full step included; in theory the ratio is 1 / stride, and "
-        "more where choosing keys costs as much as reading them.",
-        details={"seconds per step": times, "from": short, "to": long},
-    )
-
-
-def _ideal_claim(context: Context, settings: Settings, times: dict[str, Any]) -> Claim:
-    long = settings.lengths[-1]
-    ideal = ideal_speedup(long, TIMED_BUDGET, TIMED_STRIDE)
-    found = bootstrap_ratio(
-        [seconds / ideal for seconds in times[str(long)]["dense"]], times[str(long)]["recycled"], paired=True,
-        statistic="median", generator=context.generator("ideal"),
+        measured=bootstrap(own[10], generator=context.generator("sets")),
+        criterion=CRITERIA["mass-of-sets"],
+        others={name: _paired(context, name, *pair) for name, pair in pairs.items()},
+        notes=f"{settings.compared:,} tokens, the first half of them the prompt of what is chosen once; strides "
+        "count their full step. H2O is given the exact sums of dense attention.",
+        details={"mass": {name: float(values.mean()) for name, values in others.items()}
+                 | {f"S = {stride}": float(values.mean()) for stride, values in own.items()}},
     )  # fmt: skip
+
+
+def _length_claim(context: Context, settings: Settings, mass: dict[int, dict[str, Any]]) -> Claim:
+    held = {n: {name: np.asarray(mass[n][name]).mean(1) for name in ("recycled", "streaming")} for n in mass}
+    first, last = settings.recorded[0], settings.recorded[-1]
     return Claim(
-        id="time-near-ideal",
-        statement="The speed-up of attention is near that of the keys it reads.",
-        paper=PaperValue("S·t ÷ (t + (S − 1)·K)", f"K = {TIMED_BUDGET}, S = {TIMED_STRIDE}", "from the algorithm"),
-        measured=found,
-        criterion=CRITERIA["time-near-ideal"],
-        details={"tokens": long, "ideal speed-up": ideal, "seconds per step": times[str(long)]},
+        id="mass-by-length",
+        statement="With an eighth of the keys, the share of attention that they hold does not fall as texts get "
+        "longer.",
+        paper=PaperValue("over 90 %", "behind 8k tokens alone, first version", "figure on recovered mass"),
+        measured=bootstrap_difference(
+            held[last]["recycled"], held[first]["recycled"], paired=False, generator=context.generator("lengths")
+        ),
+        criterion=CRITERIA["mass-by-length"],
+        notes=f"{first:,} to {last:,} tokens, one text; 49 steps behind each full one.",
+        details={f"{n:,} tokens": {name: float(values.mean()) for name, values in held[n].items()} for n in held},
     )
 
 

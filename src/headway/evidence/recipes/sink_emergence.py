@@ -9,8 +9,8 @@ Small language models with one thing changed are trained in `_sink_training`; `_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most, between, interval_excludes
+from headway.evidence.parallel import processes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._sink_back_copy import CAUTION_CRITERIA, caution_claims
+from headway.evidence.recipes._sink_planted import PLANTED_CRITERIA, planted_claims
 from headway.evidence.recipes._sink_training import TRAINING_CRITERIA, training_claims
 from headway.methods.sinks.sink_emergence import (
     EPSILON,
@@ -31,22 +33,12 @@ from headway.methods.sinks.sink_emergence import (
     verdict,
 )
 from headway.statistics import Measurement, bootstrap, bootstrap_ratio
-from headway.tasks.trigger_averaging import NORMALIZERS, STEPS, run_trigger_averaging
+from headway.tasks.trigger_averaging import STEPS
 
 #: Sink_1 of the paper's own 60 M model with softmax: the least that counts as a sink of a trained model here.
 PAPER_SMALL_MODEL = 0.1818
 #: How far Sink_1 may move before it is called unstable in length, or dependent on the first token. Our choice.
 STABLE = 0.2
-#: Normalisers for which it matters how the projections are parametrised; they are trained with biases as well.
-SENSITIVE = ("softmax_plus_one", "learned_denominator")
-
-_LEARNED = at_most(0.01, of="error", label="error as a share of always saying zero")
-_SILENT = all_of(
-    at_most(0.3, label="mass at unflagged items"),
-    at_most(3.0, of="eviction", label="error without item 0 ÷ with it"),
-    requires=(_LEARNED,),
-)
-
 CRITERIA = {
     "sink-on-first-token": all_of(
         at_least(PAPER_SMALL_MODEL, label="Sink_1"),
@@ -62,8 +54,7 @@ CRITERIA = {
     ),
     "value-drain": at_most(0.5, label="‖v_1‖ ÷ mean ‖v‖"),
     "massive-activation": at_least(10.0, label="largest ‖h_1‖ ÷ mean ‖h‖ over layers"),
-    "planted-softmax": at_least(0.6, label="mean weight on item 0", requires=(_LEARNED,)),
-    **{f"planted-{name.replace('_', '-')}": _SILENT for name in NORMALIZERS if name != "softmax"},
+    **PLANTED_CRITERIA,
     **CAUTION_CRITERIA,
     **TRAINING_CRITERIA,
 }
@@ -103,7 +94,7 @@ def run(context: Context) -> list[Claim]:
     """All claims: first those about the model, then those about the planted task."""
     settings = context.choose(
         smoke=Settings("tiny random Llama", 4, 16, (8, 16, 24), 3, 2, 10),
-        small=Settings("smollm2", 24, 64, (16, 32, 64, 128, 256, 512), 8, 6, STEPS),
+        small=Settings("smollm2", 16, 64, (16, 64, 256, 512), 6, 6, STEPS),
         full=Settings("meta-llama/Meta-Llama-3-8B", 100, 64, (16, 32, 64, 128, 256, 512, 1024), 32, 10, STEPS),
     )
     host = cache(lambda: _host(settings))
@@ -111,19 +102,17 @@ def run(context: Context) -> list[Claim]:
     first = context.stage("first-token", lambda: _by_first_token(host(), settings, context.torch_generator("first")))
     length = context.stage("length", lambda: _by_length(host(), settings, context.torch_generator("length")))
     seeds = context.seeds(settings.seeds)
-    arms = {name: context.stage(f"planted-{name}", partial(_planted, name, seeds, settings)) for name in NORMALIZERS}
-    with_bias = {
-        name: context.stage(f"planted-{name}-with-bias", partial(_planted, name, seeds, settings, bias=True))
-        for name in SENSITIVE
-    }
+    with processes(context.choose(smoke=1, small=2, full=1)) as together:
+        planted = planted_claims(context, seeds, settings.steps, together)
+        caution, training = caution_claims(context, together), training_claims(context, together)
     return [
         *_data_claims(data, context),
         _first_token_claim(first, context),
         _length_claim(length, settings, context),
         *_companion_claims(data["natural"], context),
-        *_planted_claims(arms, with_bias, seeds, context),
-        *caution_claims(context),
-        *training_claims(context),
+        *planted,
+        *caution,
+        *training,
     ]
 
 
@@ -353,49 +342,6 @@ def _companion_claims(natural: dict[str, Any], context: Context) -> list[Claim]:
             details={"hidden_norm_ratio": by_layer["hidden_norm_ratio"]},
         ),
     ]
-
-
-def _planted(name: str, seeds: Sequence[int], settings: Settings, *, bias: bool = False) -> dict[str, Any]:
-    return asdict(run_trigger_averaging(name, seeds, steps=settings.steps, bias=bias))
-
-
-def _planted_claims(arms: dict[str, Any], with_bias: dict[str, Any], seeds: list[int], context: Context) -> list[Claim]:
-    own_check = {
-        "softmax": "mean weight 0.75, eviction × 15,000",
-        "softmax_plus_one": "mass 0.17, eviction × 1",
-        "learned_denominator": "mass 0.02, eviction × 1",
-        "sigmoid": "mass 0.00, eviction × 1",
-    }
-    claims = []
-    for name, arm in arms.items():
-        share = [e / c for e, c in zip(arm["error"], arm["chance_error"], strict=True)]
-        others = {"error": share, "eviction": arm["eviction_ratio"]}
-        softmax = name == "softmax"
-        identifier = f"planted-{name.replace('_', '-')}"
-        claims.append(
-            Claim(
-                id=identifier,
-                statement=_PLANTED_STATEMENTS[softmax].format(name=name.replace("_", " ")),
-                paper=PaperValue(own_check[name], "one seed, planned check of this project", "planted task"),
-                measured=_mean(arm["alpha_first"] if softmax else arm["mass"], context, name, seeds=seeds),
-                others={key: _mean(v, context, f"{name} {key}", seeds=seeds) for key, v in others.items()},
-                criterion=CRITERIA[identifier],
-                details={
-                    "per seed": arm,
-                    "error without item 0 as a share of always saying zero": [
-                        s * e for s, e in zip(share, arm["eviction_ratio"], strict=True)
-                    ],
-                    **({"tried: projections with biases": with_bias[name]} if name in with_bias else {}),
-                },
-            )
-        )
-    return claims
-
-
-_PLANTED_STATEMENTS = {
-    True: "Trained to average or be silent, a {name} head makes item 0 its sink.",
-    False: "With {name} the same head is silent without a sink: little weight, and item 0 can go.",
-}
 
 
 def _mean(

@@ -20,6 +20,7 @@ from torch import Tensor
 from headway.door import use
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most, equals
+from headway.evidence.parallel import Together, processes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._sink_arena import ARMS, run_arm
 from headway.methods.sinks.sink_emergence import NO_SINK
@@ -123,11 +124,12 @@ def run(context: Context) -> list[Claim]:
         ),
     )
     seeds = context.seeds(settings.seeds)
-    arms = {name: context.stage(f"arena-{name}", partial(run_arm, name, seeds, steps=settings.steps)) for name in ARMS}
-    with_bias = context.stage(
-        "arena-with-bias", partial(run_arm, "softmax-plus-one", seeds, steps=settings.steps, bias=True)
-    )
-    language = context.stage("language-arena", lambda: _language(settings, context.seeds(settings.language_seeds)))
+    with processes(context.choose(smoke=1, small=2, full=1)) as together:
+        arena = partial(_arena, seeds=seeds, steps=settings.steps, together=together)
+        arms = {name: context.stage(f"arena-{name}", partial(arena, name)) for name in ARMS}
+        with_bias = context.stage("arena-with-bias", partial(arena, "softmax-plus-one", bias=True))
+        few = context.seeds(settings.language_seeds)
+        language = context.stage("language-arena", lambda: _language(settings, few, together))
     host = cache(lambda: _host(settings))
     quantised = context.stage("quantised", lambda: _held(_quantised, host(), settings, context, "windows"))
     explained = context.stage("explained", lambda: _held(_explained, host(), settings, context, "inputs"))
@@ -171,18 +173,28 @@ def _windows(text: Tensor, count: int, length: int, generator: torch.Generator) 
     return torch.stack([text[p * length : (p + 1) * length] for p in places.tolist()])
 
 
-def _language(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
+def _arena(name: str, *, seeds: Sequence[int], steps: int, together: Together, bias: bool = False) -> dict[str, Any]:
+    """The numbers of `run_arm`, each seed by itself: seeds do not see each other."""
+    runs = together(partial(run_arm, steps=steps, bias=bias), [(name, [seed]) for seed in seeds])
+    return {
+        key: [number for run in runs for number in run[key]] if isinstance(value, (list, tuple)) else value
+        for key, value in runs[0].items()
+    }
+
+
+def _language(settings: Settings, seeds: Sequence[int], together: Together) -> dict[str, Any]:
     """Small language models on the bytes of a text: Sink_1 and loss of each arm by seed, judged on the same windows."""
     from headway.hosts import default_text
 
     ids = torch.frombuffer(bytearray(default_text().text.encode("utf-8")), dtype=torch.uint8).long()
     border, length = int(0.9 * len(ids)), settings.language["length"]
     judged = _windows(ids[border:], 32, length, torch.Generator().manual_seed(0))
-    found: dict[str, Any] = {}
-    for name in ("softmax", *LANGUAGE_ARMS):
-        runs = [_language_arm(name, settings, ids[:border], judged, seed) for seed in seeds]
-        found[name] = {column: [run[column] for run in runs] for column in runs[0]}
-    return found
+    names = ("softmax", *LANGUAGE_ARMS)
+    runs = iter(
+        together(_language_arm, [(name, settings, ids[:border], judged, seed) for name in names for seed in seeds])
+    )
+    found = {name: [next(runs) for _ in seeds] for name in names}
+    return {name: {column: [run[column] for run in of] for column in of[0]} for name, of in found.items()}
 
 
 def _language_arm(name: str, settings: Settings, text: Tensor, judged: Tensor, seed: int) -> dict[str, float]:

@@ -17,15 +17,17 @@ import torch
 from headway.evidence.claims import Claim
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _agreement_claims as claims
+from headway.evidence.recipes import _agreement_habits as habits
 from headway.evidence.recipes import _agreement_measures as measures
 
-CRITERIA = claims.CRITERIA
-#: What is trained: each family on the rules that a single text decides, the recurrent one also on pairs.
+CRITERIA = claims.CRITERIA | habits.CRITERIA
+#: What is trained: each family on the rules that a single text decides, the recurrent one also on negation and pairs.
 TOYS = (
     ("transformer", "additive"),
     ("transformer", "conjunction"),
     ("recurrent", "additive"),
     ("recurrent", "conjunction"),
+    ("recurrent", measures.TURNED),
     ("recurrent", "pair"),
 )
 
@@ -56,6 +58,7 @@ def run(context: Context) -> list[Claim]:
         *claims.toy_claims(context, toys),
         *claims.control_claims(context, uniform, ceiling),
         *claims.real_claims(context, real),
+        *habits.habit_claims(context, toys, real),
     ]
 
 

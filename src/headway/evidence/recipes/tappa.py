@@ -17,21 +17,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from headway.door.call import AttentionCall
-from headway.door.stages import Observer
-from headway.errors import unknown
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import at_least, at_most, rank_correlation_at_least
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes import _tappa_applications as applications
-from headway.kernels.dense import grouped_scores, normalise
+from headway.evidence.recipes import _tappa_real as real
+from headway.evidence.recipes._tappa_planted import angles, noise_vectors, of_pairs, planted_head
+from headway.kernels.dense import grouped_scores
 from headway.kernels.rope import LAYOUTS, periods, rope_frequencies, rotate
 from headway.methods.long_context.tappa import (
     MEANING,
-    PatternObserver,
     classify,
     diagonal_bound,
     lag_bound,
@@ -55,10 +53,6 @@ AR_LEVELS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.99)
 NOISE, MORE_NOISE = 0.2, (0.5, 1.0)
 #: Relative slack for float64 rounding when a change is compared with its bound.
 SLACK = 1e-9
-#: The similarity of the claims on planted queries and on a real model: the one of the paper's theory.
-READING = "adjacent_pre_rope"
-#: Fewest heads of a real model for a claim about "all heads".
-FEWEST_HEADS = 100
 
 CRITERIA = {
     "bounds": at_most(0, minimum_n=3000, label="violations"),
@@ -66,14 +60,12 @@ CRITERIA = {
     "period-shift": at_most(1.0, label="largest error of the shift in tokens"),
     "predictability": rank_correlation_at_least(0.9, minimum_n=32),
     "classification": at_least(0.9, minimum_n=60, label="accuracy"),
-    "real-weights": rank_correlation_at_least(0.3, minimum_n=FEWEST_HEADS),
-    "real-logits": rank_correlation_at_least(0.3, minimum_n=FEWEST_HEADS),
+    **real.CRITERIA,
     **applications.CRITERIA,
 }
 
 
 def run(context: Context) -> list[Claim]:
-    real = context.stage("real", lambda: _real(context))
     return [
         _bounds_claim(context.stage("bounds", lambda: _bounds(context))),
         _period_claim(context.stage("period", lambda: _periods(context))),
@@ -85,112 +77,9 @@ def run(context: Context) -> list[Claim]:
                 for noise in (NOISE, *MORE_NOISE)
             }
         ),
-        _weights_claim(context, real),
-        _logits_claim(context, real),
+        *real.claims(context),
         *applications.claims(context),
     ]
-
-
-def planted_head(
-    kind: str,
-    generator: torch.Generator,
-    *,
-    tokens: int = 384,
-    dim: int = 64,
-    base: float = 1e4,
-    noise: float = 0.1,
-) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
-    """Query and key before RoPE (half layout) of a head whose pattern is known; RoPE with `base` completes it.
-
-    retrieval: fresh directions at every step. re-access: one constant query, a few aligned keys, in pairs too slow to
-    turn. sequential: equal energy in many pairs, peak at a fixed distance. periodic: nearly all energy in one pair.
-    seasonal: random codes that repeat, in slow pairs. mixed: constant queries, keys too short to matter. `noise` is the
-    length of what is added to every query and key, as a fraction of the length of the planted vector."""
-    planters = {
-        "retrieval": _plant_retrieval,
-        "re-access": _plant_reaccess,
-        "sequential": _plant_sequential,
-        "periodic": _plant_periodic,
-        "seasonal": _plant_seasonal,
-        "mixed": _plant_mixed,
-    }
-    if kind not in planters:
-        raise unknown("kind", kind, planters)
-    query, key, logit = planters[kind](generator, tokens, dim, base)
-    gain = (logit * dim**0.5) ** 0.5
-    fuzzy = [gain * (x + noise * _noise(generator, tokens, dim)) for x in (query, key)]
-    return fuzzy[0], fuzzy[1]
-
-
-#: Query and key, and the scaled logit of unit vectors that agree.
-Plant = tuple[Tensor, Tensor, float]
-
-
-def _plant_retrieval(generator: torch.Generator, tokens: int, dim: int, base: float) -> Plant:
-    """Every row attends to a handful of random keys: the logits have a standard deviation of 25 / √dim."""
-    return _noise(generator, tokens, dim), _noise(generator, tokens, dim), 25.0
-
-
-def _plant_reaccess(generator: torch.Generator, tokens: int, dim: int, base: float) -> Plant:
-    """A logit of 8 at key 0 and two more keys, about 0 elsewhere."""
-    direction = _slow(torch.randn(dim, generator=generator))
-    key = torch.zeros(tokens, dim)
-    later = torch.randint(1, tokens // 8, (2,), generator=generator)
-    key[torch.cat([torch.zeros(1, dtype=torch.long), later])] = direction
-    return direction.expand(tokens, dim), key, 8.0
-
-
-def _plant_sequential(generator: torch.Generator, tokens: int, dim: int, base: float) -> Plant:
-    """A logit of 16 at one distance from 0 to 4, falling off on both sides; no pair dominates."""
-    distance = int(torch.randint(0, 5, (1,), generator=generator))
-    query = _of_pairs(torch.arange(dim // 3), _angles(generator, dim), dim).expand(tokens, dim)
-    key = rotate(query[None], torch.full((tokens,), distance), rope_frequencies(dim, base))[0]
-    return query, key, 16.0
-
-
-def _plant_periodic(generator: torch.Generator, tokens: int, dim: int, base: float) -> Plant:
-    """A logit of 5·cos(θ·distance + phase) in one pair with a period of 8 to 36 tokens (dim 64, base 1e4)."""
-    pair = torch.randint(1, 7, (1,), generator=generator)
-    query = _of_pairs(pair, _angles(generator, dim), dim).expand(tokens, dim)
-    return query, _of_pairs(pair, _angles(generator, dim), dim).expand(tokens, dim), 5.0
-
-
-def _plant_seasonal(generator: torch.Generator, tokens: int, dim: int, base: float) -> Plant:
-    """Queries and keys repeat every 12 to 40 tokens; a phase attends to another phase, in random order."""
-    period = int(torch.randint(12, 41, (1,), generator=generator))
-    codes = _slow(torch.randn(period, dim, generator=generator))
-    phase = torch.arange(tokens) % period
-    partner = torch.randperm(period, generator=generator)
-    return codes[partner[phase]], codes[phase], 10.0
-
-
-def _plant_mixed(generator: torch.Generator, tokens: int, dim: int, base: float) -> Plant:
-    """Attention close to uniform, whatever the queries say."""
-    query = torch.nn.functional.normalize(torch.randn(dim, generator=generator), dim=-1)
-    return query.expand(tokens, dim), torch.zeros(tokens, dim), 1.0
-
-
-def _noise(generator: torch.Generator, tokens: int, dim: int) -> Tensor:
-    """Random vectors of length about 1."""
-    return torch.randn(tokens, dim, generator=generator) / dim**0.5
-
-
-def _angles(generator: torch.Generator, dim: int) -> Tensor:
-    return 2 * torch.pi * torch.rand(dim // 2, generator=generator)
-
-
-def _of_pairs(pairs: Tensor, angles: Tensor, dim: int) -> Float[Tensor, " dim"]:
-    """A unit vector with equal energy in the given pairs (half layout), each at its angle."""
-    length = torch.zeros(dim // 2).index_fill(0, pairs, 1.0)
-    vector = torch.cat([length * angles.cos(), length * angles.sin()])
-    return vector / vector.norm()
-
-
-def _slow(x: Tensor) -> Tensor:
-    """Only the slowest quarter of the pairs, which hardly turn within the sequence; unit length."""
-    half = x.shape[-1] // 2
-    kept = torch.arange(half) >= half - half // 4
-    return torch.nn.functional.normalize(x * torch.cat([kept, kept]), dim=-1)
 
 
 def _bounds(context: Context) -> dict[str, Any]:
@@ -265,8 +154,8 @@ def _peak(context: Context, base: float, pair: int, number: int, tokens: int = 5
     frequencies = rope_frequencies(PERIOD_DIM, base)
     ends = []
     for _ in range(2):
-        constant = _of_pairs(torch.tensor([pair]), _angles(generator, PERIOD_DIM), PERIOD_DIM)
-        plain = constant + 0.3 * _noise(generator, tokens, PERIOD_DIM)
+        constant = of_pairs(torch.tensor([pair]), angles(generator, PERIOD_DIM), PERIOD_DIM)
+        plain = constant + 0.3 * noise_vectors(generator, tokens, PERIOD_DIM)
         ends.append(rotate(plain[None, None], torch.arange(tokens), frequencies))
     call = AttentionCall.from_tensors(ends[0], ends[1], ends[1], causal=True)
     curves = row_autocorrelation(call.logits(torch.arange(tokens // 2, tokens))[0, 0], tokens // 4)
@@ -306,70 +195,6 @@ def _classification(context: Context, noise: float) -> list[dict[str, str]]:
     call = AttentionCall.from_tensors(query, key, key, causal=True)
     labels = classify(profile_call(call, frequencies=frequencies))[0].labels
     return [{"truth": kind, "label": label} for kind, label in zip(truth, labels, strict=True)]
-
-
-def _real(context: Context) -> dict[str, Any]:
-    """Similarity and predictability of every head of a trained model."""
-    from headway.door import observe
-    from headway.hosts import default_text, load, tokenize
-
-    name, tokens = context.choose(smoke=("tiny", 192), small=("smollm2", 1024), full=("Qwen/Qwen2.5-7B-Instruct", 8192))
-    if name == "tiny":
-        model, ids = _tiny(tokens)
-    else:
-        large = context.size == "full"
-        model, tokenizer = load(name, device="cuda" if large else "cpu", dtype="bfloat16" if large else "float32")
-        ids = tokenize(tokenizer, default_text(), tokens).to(model.device)
-    patterns, steps = PatternObserver.of(model), _StepObserver()
-    with observe(model, patterns, steps), torch.no_grad():
-        model(input_ids=ids)
-    profiles = patterns.result()
-    similarity = {
-        f"{pairs}_{stage}": np.concatenate([p.query_similarity.pick(pairs, stage) for p in profiles])
-        for pairs in ("all", "adjacent")
-        for stage in ("pre_rope", "post_rope")
-    }
-    rows = {name: np.concatenate([getattr(p, name) for p in profiles]) for name in ("vertical", "overlap")}
-    rows |= {name: np.concatenate([site[name] for site in steps.result()]) for name in ("change", "without_first")}
-    labels = Counter(label for site in classify(profiles) for label in site.labels)
-    tightness = np.concatenate([p.vertical_bound.tightness for p in profiles])
-    return {
-        "model": name,
-        "tokens": ids.shape[1],
-        "similarity": similarity,
-        "rows": rows,
-        "labels": dict(labels),
-        "largest_tightness": float(np.nanmax(tightness)),
-    }
-
-
-class _StepObserver(Observer):
-    """Per head, over the last rows: the largest change of a logit in one step, and r_0 without the first key."""
-
-    ROWS = 256
-
-    def start(self) -> None:
-        self._sites: list[dict[str, np.ndarray]] = []
-
-    def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
-        first = max(call.queries - self.ROWS, 0)
-        logits = call.logits(torch.arange(first, call.queries, device=call.query.device))
-        both = (logits[:, :, 1:] > -torch.inf) & (logits[:, :, :-1] > -torch.inf)
-        change = (logits[:, :, 1:] - logits[:, :, :-1]).abs().masked_fill(~both, 0.0).amax(-1).mean(-1)
-        others = predictability(normalise(logits[..., 1:])[0])
-        self._sites.append({"change": change[0].cpu().numpy(), "without_first": others[0].cpu().numpy()})
-
-    def result(self) -> list[dict[str, np.ndarray]]:
-        return self._sites
-
-
-def _tiny(tokens: int) -> tuple[Any, Tensor]:
-    """A small random host, to see that the measurement runs."""
-    from headway.hosts.tiny import tiny_host
-
-    model, _ = tiny_host("llama", max_position_embeddings=tokens)
-    ids = torch.randint(8, 100, (1, tokens), generator=torch.Generator().manual_seed(0))
-    return model, ids
 
 
 def _bounds_claim(found: dict[str, Any]) -> Claim:
@@ -440,51 +265,6 @@ def _classification_claim(by_noise: dict[float, list[dict[str, str]]]) -> Claim:
         others={f"accuracy at noise {noise}": accuracy[noise] for noise in MORE_NOISE},
         notes="Default rules: threshold at the 25th percentile of query similarity over all planted heads.",
         details={"truth by label": tables},
-    )
-
-
-def _weights_claim(context: Context, found: dict[str, Any]) -> Claim:
-    random = context.generator("real weights interval")
-    similarity, rows = found["similarity"], found["rows"]
-    others = {
-        f"{which}.{name}": rank_correlation(similarity[which], rows[name], generator=random)
-        for which in similarity
-        for name in ("vertical", "overlap", "without_first")
-        if (which, name) != (READING, "vertical")
-    }
-    return Claim(
-        id="real-weights",
-        statement="In a trained model, heads with more alike queries have more alike adjacent attention rows.",
-        paper=PaperValue("stated without a number", where="section 4"),
-        measured=rank_correlation(similarity[READING], rows["vertical"], generator=random),
-        criterion=CRITERIA["real-weights"],
-        others=others,
-        notes="The same two numbers as in the claim on planted queries: adjacent queries before RoPE, and r_0, the "
-        "mean cosine of adjacent rows. The others are every other similarity (the released code takes all pairs after "
-        "RoPE), rows by shared mass (overlap), and r_0 when the first key is left out (without_first), which tells "
-        "how much of an agreement is the attention sink. The best of so many readings proves nothing.",
-        details={"model": found["model"], "tokens": found["tokens"], "labels": found["labels"]},
-    )
-
-
-def _logits_claim(context: Context, found: dict[str, Any]) -> Claim:
-    random = context.generator("real logits interval")
-    steadiness = [-change for change in found["rows"]["change"]]
-    similarity = found["similarity"]
-    return Claim(
-        id="real-logits",
-        statement="In a trained model, heads with more alike queries have logits that move less in one step.",
-        paper=PaperValue("‖a_{t+1} − a_t‖_∞ ≥ c₁‖q_{t+1} − q_t‖ − c₂", where="proposition 4.1"),
-        measured=rank_correlation(similarity[READING], steadiness, generator=random),
-        criterion=CRITERIA["real-logits"],
-        others={
-            which: rank_correlation(values, steadiness, generator=random)
-            for which, values in similarity.items()
-            if which != READING
-        },
-        notes="Against minus the largest change of a logit in one step, averaged over the last 256 rows. This claim "
-        "was added when the one on weights had been measured on SmolLM2, so on that model it is exploratory.",
-        details={"model": found["model"], "largest change / bound": found["largest_tightness"]},
     )
 
 

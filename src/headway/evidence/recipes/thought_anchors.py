@@ -19,13 +19,14 @@ import torch
 
 from headway.evidence.claims import Claim
 from headway.evidence.recipe import Context, Recipe
+from headway.evidence.recipes import _anchors_choice as choice
 from headway.evidence.recipes import _anchors_claims as claims
 from headway.evidence.recipes import _anchors_measures as measures
 from headway.evidence.recipes import _anchors_toy as toy
 from headway.methods.diagnosis import thought_anchors as method
 from headway.tasks.sentences import split_sentences
 
-CRITERIA = claims.CRITERIA
+CRITERIA = claims.CRITERIA | choice.CRITERIA
 QUESTIONS = (
     "A shop sells pens for 3 dollars each and notebooks for 5 dollars each. Ann buys 4 pens and 2 notebooks and pays "
     "with a 50 dollar note. How much change does she get? Explain every step, then check your result.",
@@ -43,11 +44,13 @@ def run(context: Context) -> list[Claim]:
     )
     real = context.stage("smollm2", lambda: _real(context))
     cost = context.stage("shared-prefix", lambda: _cost(context))
+    chosen = context.stage("choice", lambda: _choice(context))
     return [
         *claims.toy_claims(context, toys, control),
         claims.forced_claim(script),
         *claims.real_claims(context, real),
         *claims.cost_claims(context, cost),
+        choice.choice_claim(context, chosen),
     ]
 
 
@@ -98,6 +101,19 @@ def _real(context: Context) -> dict[str, Any]:
     ]
     found = measures.real_thoughts(model, thoughts, heads["heads"], claims.PROXIMITY)
     return {"heads": heads, "thoughts": found | {"example": thoughts[0].sentences}}
+
+
+def _choice(context: Context) -> dict[str, Any]:
+    """SmolLM2 as its own sampler, line by line; at smoke size a stand-in that always picks 1."""
+    rollouts = context.choose(smoke=5, small=10, full=100)
+    if context.size == "smoke":
+        return choice.choices(None, lambda prefix, seeds: ["".join(choice.sentences(1))] * len(seeds), rollouts, (6,))
+    from headway.hosts import load
+
+    model, tokenizer = load("smollm2")
+    ends = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    sampler = method.LocalSampler(model, tokenizer, max_tokens=32, stop=(*ends, tokenizer.eos_token_id))
+    return choice.choices(tokenizer, sampler, rollouts)
 
 
 def _thoughts(tokenizer: Any, sampler: method.LocalSampler, question: str, seeds: Sequence[int]) -> list[method.Trace]:

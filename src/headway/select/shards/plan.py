@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from headway.errors import ArgumentError, HeadwayError, unknown
 from headway.files import write_atomically
+from headway.progress import Tell
 from headway.select.duplicates import MODES, exact_copies, near_copies, signature, text_hash
 from headway.select.records import BadRow, Reading, Source, rows_of
 from headway.select.replacing import replaced
@@ -31,7 +32,6 @@ RECORDS, BYTES = 64, 2**17
 #: Bad rows that an error or a page names.
 NAMED = 5
 ROW = np.dtype([("file", "<u4"), ("line", "<u8"), ("offset", "<u8"), ("size", "<u8"), ("hash", "<u8")])
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

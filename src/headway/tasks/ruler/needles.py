@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from headway.tasks.ruler.setting import Setting
-from headway.tasks.samples import Sample, largest_fit
+from headway.tasks.samples import Sample
 from headway.tasks.words import FILLER, draw, essay, prose, spread
+
+#: Times the filler is repeated at most in the place of one more needle.
+LONGEST = 8
 
 
 def needle_task(
@@ -32,8 +35,10 @@ def needle_task(
     start = int(random.integers(len(found))) if haystack == "essay" else 0
     question, prefix = _question(kind, wanted, values)
 
-    def build(units: int) -> Sample:
+    def build(units: int, *, words: int) -> Sample:
         hay = essay(found, units, start) if found else _distractors(kind, key, value, units, seed, {*names, *drawn})
+        rest = essay(found, 1, start + units)[0].split() if found else " ".join(FILLER * LONGEST).split()
+        hay += [" ".join(rest[:words])] if words else []
         return setting.sample(
             f"Some secret {kind}s are hidden in the following text. Remember them.\n\n"
             f"{' '.join(spread(hay, planted, depths))}",
@@ -42,9 +47,10 @@ def needle_task(
             [one for name in wanted for one in owned[name]],
             keys=names,
             depths=depths,
+            units=units,
         )
 
-    return largest_fit(build, setting.tokens)
+    return setting.fill(build)
 
 
 def _question(kind: str, wanted: list[str], values: int) -> tuple[str, str]:

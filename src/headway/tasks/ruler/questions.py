@@ -13,7 +13,7 @@ import numpy as np
 
 from headway.errors import ArgumentError
 from headway.tasks.ruler.setting import Setting
-from headway.tasks.samples import Sample, largest_fit
+from headway.tasks.samples import Sample
 from headway.tasks.words import draw, prose
 
 #: Characters of a description: long enough to be the only one of its kind, short enough to be quoted.
@@ -23,6 +23,8 @@ NAME = 4
 LEAST_DEFINITIONS = 10
 #: Sentences of running text in a document that only fills.
 NOTE = 3
+#: Words of a document that only fills the last tokens, at most.
+LONGEST = 200
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,20 @@ def _ask(
     *,
     example: str = "",
 ) -> Sample:
-    """The gold documents at random places among others; running text of the setting where those are used up."""
+    """The gold documents at random places among others; running text of the setting where those are used up, and the
+    beginning of some to fill the last tokens."""
     seed = int(setting.random.integers(2**31))
     found = [s for s in prose(setting.text) if wanted.description not in s and reference not in s]
     notes = [" ".join(found[i : i + NOTE]) for i in range(0, len(found), NOTE)]
     notes = [notes[i] for i in np.random.default_rng([seed, 0]).permutation(len(notes))]
     distractors = [*documents, *notes]
     places = np.random.default_rng([seed, 1]).random(len(gold))
+    rest = " ".join(found).split()[:LONGEST]
 
-    def build(units: int) -> Sample:
+    def build(units: int, *, words: int) -> Sample:
         listed = [distractors[i % len(distractors)] for i in range(units)]
-        mixed = [listed[i] for i in np.random.default_rng([seed, 2]).permutation(units)]
+        listed += [" ".join(rest[:words])] if words else []
+        mixed = [listed[i] for i in np.random.default_rng([seed, 2]).permutation(len(listed))]
         for document, place in zip(gold, places, strict=True):
             mixed.insert(int(place * (len(mixed) + 1)), document)
         numbered = "\n\n".join(f"Document {number}: {document}" for number, document in enumerate(mixed, 1))
@@ -142,6 +147,7 @@ def _ask(
             [reference],
             documents=len(mixed),
             name=wanted.name,
+            units=units,
         )
 
-    return largest_fit(build, setting.tokens)
+    return setting.fill(build)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from headway.tasks.samples import Sample, make_sample
+from headway.tasks.samples import Sample, largest_fit, make_sample
 
 #: Forty evenly spaced depths, per cent.
 DEPTHS = tuple(round(float(depth), 2) for depth in np.linspace(0, 100, 40))
@@ -43,6 +44,13 @@ class Setting:
             chat=self.chat,
             meta={"tokens": self.tokens, **meta},
         )
+
+    def fill(self, build: Callable[..., Sample]) -> Sample:
+        """The longest sample that fits: whole units of filler first, then single words of the next one.
+
+        `build(units, words=)` makes a sample and says its `units` in its meta."""
+        units = largest_fit(partial(build, words=0), self.tokens).meta["units"]
+        return largest_fit(lambda words: build(units, words=words), self.tokens, least=0)
 
     def depths(self, count: int) -> list[float]:
         """Different depths, the given one for a single needle."""

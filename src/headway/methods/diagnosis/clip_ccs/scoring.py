@@ -6,19 +6,18 @@ kept in half precision, on disk where a folder is given. A batch that is on disk
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from headway.errors import ArgumentError
-from headway.files import write_atomically
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis.clip_ccs.bank import TextBank
 from headway.methods.diagnosis.clip_ccs.consistency import HeadConcept, score_head
@@ -26,11 +25,12 @@ from headway.methods.diagnosis.clip_ccs.decomposition import decompose
 from headway.methods.diagnosis.clip_ccs.judges import Judge, Labeller, lexicon
 from headway.methods.diagnosis.clip_ccs.textspan import RANK, TEXTS, TextSpan, text_span
 from headway.methods.diagnosis.clip_ccs.towers import Tower
+from headway.parts import Parts
+from headway.progress import Tell
 
 Head = tuple[int, int]
 #: Layers whose heads are described, counted from the last: arXiv 2503.11103.
 LAST_LAYERS = 4
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def gather(
     *,
     layers: Sequence[int] | None = None,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
     total: int = 0,
 ) -> Contributions:
     """The contributions of all heads of `layers` (the last four by default) over batches of pictures.
@@ -70,21 +70,17 @@ def gather(
     Each batch is decomposed, checked and cut to half precision; with `folder` it is kept there, and taken from there
     when the same model has decomposed the same batch before."""
     chosen = part.check_layers(last_layers(part) if layers is None else layers)
-    seed = json.dumps([fingerprint(part.model).to_dict(), part.kind, chosen])
-    parts = []
+    made_by = [fingerprint(part.model).to_dict(), part.kind, chosen]
+    kept, parts = Parts(folder), []
     for done, batch in enumerate(batches, start=1):
-        path = None if folder is None else folder / f"{_key(seed, batch)}.safetensors"
-        stored = None if path is None else _load(path)
-        if stored is None:
-            stored = _decomposed(part, batch, chosen)
-            if path is not None:
-                _save(path, stored)
-        parts.append(stored)
+        own = batch if isinstance(batch, Tensor) else dict(batch)
+        parts.append(kept.arrays([made_by, own], partial(_decomposed, part, batch, chosen)))
         if progress is not None:
             progress("decomposing pictures", done, max(total, done))
     if not parts:
         raise ArgumentError("batches: got none, expected at least one batch of pictures.")
-    joined = {name: torch.cat([p[name] for p in parts]) for name in ("heads", "rest", "embedding")}
+    names = ("heads", "rest", "embedding")
+    joined = {name: torch.from_numpy(np.concatenate([p[name] for p in parts])) for name in names}
     return Contributions(tuple(chosen), **joined, error=max(float(p["error"].max()) for p in parts))
 
 
@@ -125,38 +121,12 @@ def score(
     ]
 
 
-def _decomposed(part: Tower, batch: Any, layers: Sequence[int]) -> dict[str, Tensor]:
+def _decomposed(part: Tower, batch: Any, layers: Sequence[int]) -> dict[str, np.ndarray]:
     whole = decompose(part, batch)
     heads = whole.heads[:, list(layers)].float()
     return {
-        "heads": heads.half(),
-        "rest": whole.embedding.float() - heads.sum((1, 2)),
-        "embedding": whole.embedding.float(),
-        "error": torch.tensor([whole.error]),
+        "heads": heads.half().cpu().numpy(),
+        "rest": (whole.embedding.float() - heads.sum((1, 2))).cpu().numpy(),
+        "embedding": whole.embedding.float().cpu().numpy(),
+        "error": np.array([whole.error]),
     }
-
-
-def _key(seed: str, batch: Any) -> str:
-    digest = hashlib.sha256(seed.encode())
-    tensors = [batch] if isinstance(batch, Tensor) else [batch[name] for name in sorted(batch)]
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:24]
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-
-def _load(path: Path) -> dict[str, Tensor] | None:
-    """A stored batch, or None where there is none or it cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError):
-        return None

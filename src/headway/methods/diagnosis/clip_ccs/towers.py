@@ -125,6 +125,7 @@ def tower(model: nn.Module, kind: str = "image") -> Tower:
     if not name.startswith("CLIP") or not isinstance(norm, nn.LayerNorm) or not hasattr(first, "self_attn"):
         raise HostError(_refusal(model, kind))
     blocks = list(part.encoder.layers)
+    _check_activation(model, part.config, blocks, kind)
     return Tower(
         model=model,
         kind=kind,
@@ -140,6 +141,29 @@ def tower(model: nn.Module, kind: str = "image") -> Tower:
         embed=_clip_image(model) if kind == "image" else _clip_text(model),
         positions=_class_token if kind == "image" else _end_token(part),
     )
+
+
+def _check_activation(model: Any, config: Any, blocks: Sequence[Any], kind: str) -> None:
+    """OpenAI's weights were trained with QuickGELU, most others with GELU. The parts of an embedding add up under
+    either, so a reconstruction does not tell that the wrong one runs; the configuration and the name do."""
+    from transformers.activations import ACT2FN
+
+    stated = str(config.hidden_act)
+    wanted = type(ACT2FN[stated])
+    for layer, block in enumerate(blocks):
+        found = type(block.mlp.activation_fn)
+        if found is not wanted:
+            raise HostError(
+                f"model: layer {layer} of the {kind} tower runs {found.__name__}, but its configuration says "
+                f"{stated!r} ({wanted.__name__}), so its embeddings are not those that were trained. Load it again "
+                "with one hidden_act."
+            )
+    name = str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", ""))
+    if name.startswith("openai/clip") and stated != "quick_gelu":
+        raise HostError(
+            f"model: {name} was trained with quick_gelu, but the {kind} tower is configured with {stated!r}, so its "
+            "embeddings are not those that were trained. Set hidden_act to quick_gelu in its configuration."
+        )
 
 
 def _refusal(model: nn.Module, kind: str, why: str = "") -> str:

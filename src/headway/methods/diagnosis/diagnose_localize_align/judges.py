@@ -143,13 +143,15 @@ class ModelJudge:
         self._empty: dict[tuple[str, str, str], torch.Tensor] = {}
 
     def judge(self, turn: Turn, rubric: Rubric) -> Judgement:
-        scores = {}
-        for dimension in DIMENSIONS:
-            logits = self._marks(turn.question, turn.reply, rubric, dimension)
-            if self.calibrate:
-                logits = logits - self._baseline(turn.question, rubric, dimension)
-            scores[dimension] = float((logits.softmax(-1) * torch.arange(1.0, 6.0)).sum())
+        scores = {dimension: self.mark(turn, rubric, dimension) for dimension in DIMENSIONS}
         return Judgement(scores, dict.fromkeys(DIMENSIONS, "expected mark"))
+
+    def mark(self, turn: Turn, rubric: Rubric, dimension: str) -> float:
+        """The expected mark of one dimension, in [1, 5]."""
+        logits = self._marks(turn.question, turn.reply, rubric, dimension)
+        if self.calibrate:
+            logits = logits - self._baseline(turn.question, rubric, dimension)
+        return float((logits.softmax(-1) * torch.arange(1.0, 6.0)).sum())
 
     def identity(self) -> str:
         where = getattr(self.model, "name_or_path", "") or type(self.model).__name__

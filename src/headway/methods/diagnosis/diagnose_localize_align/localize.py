@@ -11,7 +11,7 @@ Paper: Diagnose, Localize, Align, arXiv 2509.23188; the controls and the held-ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,11 +34,11 @@ from headway.methods.diagnosis.diagnose_localize_align.focal import (
     focal_layers,
     gate_effect,
 )
-from headway.methods.diagnosis.diagnose_localize_align.keeping import Kept
 from headway.methods.diagnosis.diagnose_localize_align.pairs import Item
+from headway.parts import Parts
+from headway.progress import Tell
 from headway.statistics import Measurement, bootstrap_difference
 
-Tell = Callable[[str, int, int], None]
 #: Random head sets that focal heads are compared with.
 DRAWS = 5
 
@@ -80,14 +80,14 @@ def localize(
     window: int | None = None,
     draws: int = DRAWS,
     seed: int = 0,
-    kept: Kept | None = None,
+    kept: Parts | None = None,
     name: str = "",
     tell: Tell | None = None,
 ) -> Localisation:
     """Finds focal heads on `items` and judges them on `held_out`; `gated` are the held-out items whose margins are
     measured under silenced heads (all of them by default, the costly part). `weights` are the ω of `items`. `kept`
     stores finished pieces under `name`, the model's."""
-    keep = Kept() if kept is None else kept
+    keep = Parts() if kept is None else kept
     found, plain = _drifts(model, items, keep, name, tell, "reading pairs")
     scores = found.scores(weights)
     rows = focal_heads(scores, share=share)
@@ -105,7 +105,7 @@ def localize(
         layers=found.layers,
         generator=random,
         draws=draws,
-        keep=lambda heads, make: keep([name, "gated", [_asked(item) for item in judged], heads], make),
+        keep=lambda heads, make: keep.data([name, "gated", [_asked(item) for item in judged], heads], make),
         progress=None if tell is None else lambda done, total: tell("silencing heads", done, total),
     )
     chosen_layers = focal_layers(scores, rows, cover=cover, window=window)
@@ -133,7 +133,7 @@ def localize(
 
 
 def _drifts(
-    model: nn.Module, items: Sequence[Item], keep: Kept, name: str, tell: Tell | None, words: str
+    model: nn.Module, items: Sequence[Item], keep: Parts, name: str, tell: Tell | None, words: str
 ) -> tuple[Drift, Drift]:
     """Drift of the items in conflict and in their lexical control."""
     both: list[list[Drift]] = [[], []]
@@ -147,12 +147,12 @@ def _drifts(
     return _joined(both[0]), _joined(both[1])
 
 
-def _kept_drift(model: nn.Module, pair: MatchedPair, keep: Kept, name: str) -> Drift:
+def _kept_drift(model: nn.Module, pair: MatchedPair, keep: Parts, name: str) -> Drift:
     def make() -> dict[str, Any]:
         found = attention_drift(model, [pair])
         return {"layers": list(found.layers), **{part: found.part(part).tolist() for part in PARTS}}
 
-    stored = keep([name, "drift", pair.neutral.tolist(), pair.conflict.tolist(), list(pair.rows)], make)
+    stored = keep.data([name, "drift", pair.neutral.tolist(), pair.conflict.tolist(), list(pair.rows)], make)
     parts = {part: np.array(stored[part]) for part in PARTS}
     return Drift(**parts, layers=tuple(stored["layers"]))
 
@@ -163,11 +163,11 @@ def _joined(drifts: Sequence[Drift]) -> Drift:
 
 
 def _margins(
-    model: nn.Module, items: Sequence[Item], condition: Condition, keep: Kept, name: str, tell: Tell | None
+    model: nn.Module, items: Sequence[Item], condition: Condition, keep: Parts, name: str, tell: Tell | None
 ) -> list[float]:
     found = []
     for number, item in enumerate(items):
-        made = keep([name, "margin", condition, *_asked(item)], partial(margins, model, [item], condition))
+        made = keep.data([name, "margin", condition, *_asked(item)], partial(margins, model, [item], condition))
         found.append(float(made[0]))
         if tell is not None:
             tell(f"which rule wins ({condition})", number + 1, len(items))

@@ -2,8 +2,8 @@
 
     CRAS(q) = mean over turns of Σ_d w_d s_d ,   w_d = 1/4 ;   CRAS = mean over queries ;   unit form (CRAS − 1) / 4
 
-Marks are appended to a file as they come, one line each, under a fingerprint of turn, rubric and judge: a run that was
-interrupted goes on behind its last line, and no turn is marked twice.
+Marks are kept as they come, under a fingerprint of turn, rubric and judge: a run that was interrupted goes on behind
+the last of them, and no turn is marked twice.
 
     agreement of two judges    Cohen's κ of the rounded marks, plain and with quadratic weights; Spearman's ρ
 
@@ -12,11 +12,9 @@ Paper: Diagnose, Localize, Align, arXiv 2509.23188; it does not say how marks ar
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,11 +23,9 @@ from jaxtyping import Float, Int
 from headway.errors import ArgumentError, unknown
 from headway.methods.diagnosis.diagnose_localize_align.conversations import Turn
 from headway.methods.diagnosis.diagnose_localize_align.judges import Judge, Judgement, fingerprint
-from headway.methods.diagnosis.diagnose_localize_align.keeping import append_line
 from headway.methods.diagnosis.diagnose_localize_align.rubric import DIMENSIONS, HIGHEST, LOWEST, Rubric, rubric_for
+from headway.parts import Parts
 from headway.statistics import Measurement, bootstrap, bootstrap_difference, rank_correlation
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,26 +83,18 @@ def score_turns(
     judge: Judge,
     *,
     rubrics: Mapping[str, Rubric] | None = None,
-    path: str | Path | None = None,
+    kept: Parts | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Scored]:
-    """Marks of every turn, in the order of turns. With `path`, marks that stand there are used and new ones appended.
+    """Marks of every turn, in the order of turns. Marks that are `kept` are used, and new ones are kept as they come.
 
     A mark that the judge could not give is stored as invalid and not asked for again."""
-    known = {} if path is None else _stored(Path(path))
-    found = []
+    store, found = Parts() if kept is None else kept, []
     for number, turn in enumerate(turns):
         rubric, general = rubric_for(turn.role, rubrics)
         key = fingerprint(turn, rubric, judge)
-        if key not in known:
-            marked = _checked(judge.judge(turn, rubric))
-            known[key] = Scored(
-                turn.conversation, turn.index, turn.role, turn.condition, judge.name, dict(marked.scores),
-                dict(marked.reasons), marked.invalid, general, key,
-            )  # fmt: skip
-            if path is not None:
-                append_line(Path(path), asdict(known[key]))
-        found.append(known[key])
+        row = store.data(["marks", key], partial(_marked, turn, judge, rubric, general, key))
+        found.append(Scored(**row))
         if progress is not None:
             progress(number + 1, len(turns))
     return found
@@ -229,17 +217,11 @@ def _checked(marked: Judgement) -> Judgement:
     return marked
 
 
-def _stored(path: Path) -> dict[str, Scored]:
-    if not path.exists():
-        return {}
-    known: dict[str, Scored] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            one = Scored(**json.loads(line.decode("utf-8", "surrogatepass")))
-        except (ValueError, TypeError):
-            log.warning("%s, line %d: cut off by an interrupt; its turn is marked again.", path, number)
-            continue
-        known[one.key] = one
-    return known
+def _marked(turn: Turn, judge: Judge, rubric: Rubric, general: bool, key: str) -> dict[str, Any]:
+    marked = _checked(judge.judge(turn, rubric))
+    return asdict(
+        Scored(
+            turn.conversation, turn.index, turn.role, turn.condition, judge.name, dict(marked.scores),
+            dict(marked.reasons), marked.invalid, general, key,
+        )
+    )  # fmt: skip

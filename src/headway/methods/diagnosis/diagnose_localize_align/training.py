@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from headway.errors import ArgumentError, unknown
 from headway.methods.diagnosis.diagnose_localize_align import preference
 from headway.methods.diagnosis.diagnose_localize_align.reference import Head, Reference, read_reference
+from headway.progress import Tell
 from headway.train import Callback, Loss, Run, Trained, train
-from headway.train.progress import Tell
 
 log = logging.getLogger(__name__)
 

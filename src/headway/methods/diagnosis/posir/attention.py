@@ -20,8 +20,8 @@ from headway.door import capture
 from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError
 from headway.methods.diagnosis.posir.encoders import TransformersEncoder
-from headway.methods.diagnosis.posir.encoding import Progress
 from headway.methods.diagnosis.posir.saliency import DOCUMENT_TOKENS, POINTS, _inner
+from headway.progress import Tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def pooling_attention(
     *,
     max_tokens: int = DOCUMENT_TOKENS,
     points: int = POINTS,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> AttentionByPosition:
     """Attention mass of the pooled rows by relative position in what was read."""
     if not documents:

@@ -192,7 +192,8 @@ def count_tokens(data: RetrievalSet, tokenizer: Any, *, name: str = "") -> Retri
         tokens, offsets = max((measured(d) for d in own), key=lambda pair: pair[0])
         read = sum(stop <= query.span[1] for _, stop in offsets)
         queries.append(replace(query, tokens=max(tokens, 1), stop_token=read))
-    by = name or str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
+    known, kind = name or str(getattr(tokenizer, "name_or_path", "")), type(tokenizer).__name__
+    by = f"{known} ({kind})" if known and hasattr(tokenizer, "all_special_ids") else known or kind
     return replace(data, queries=tuple(queries), counted_by=by)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from headway.errors import ArgumentError
 from headway.methods.diagnosis.posir.data import RetrievalSet, settle_positives
 from headway.methods.diagnosis.posir.encoders import Encoder, Scorer
-from headway.methods.diagnosis.posir.encoding import Progress, encoded, encoded_blocks
+from headway.methods.diagnosis.posir.encoding import encoded, encoded_blocks
 from headway.methods.diagnosis.posir.metrics import MEASURES, best_ranked, retrieval_measures
 from headway.methods.diagnosis.posir.retrieval import TOP, Ranking, cosine_top, rank_scores
 from headway.methods.diagnosis.posir.sensitivity import (
@@ -24,6 +24,7 @@ from headway.methods.diagnosis.posir.sensitivity import (
     by_bucket,
     sensitivity,
 )
+from headway.progress import Tell
 
 #: Of a bucket, by what the model reads of its documents.
 WHOLE, PARTLY_CUT, CUT = "read whole", "partly truncated", "truncation test"
@@ -100,7 +101,7 @@ def evaluate(
     k: int = 10,
     top: int = TOP,
     folder: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Evaluation:
     """Encodes (or scores), ranks and measures. `folder` keeps embeddings, so that an interrupted run goes on;
     `several` is the policy for queries with more than one positive (`settle_positives`)."""
@@ -168,7 +169,7 @@ def _ranked(
     ids: list[str],
     top: int,
     folder: str | Path | None,
-    progress: Progress | None,
+    progress: Tell | None,
 ) -> Ranking:
     if isinstance(retriever, Encoder):
         queries = encoded(retriever, asked, is_query=True, folder=folder, progress=progress)

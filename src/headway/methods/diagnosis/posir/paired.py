@@ -17,8 +17,9 @@ from jaxtyping import Float
 
 from headway.errors import ArgumentError
 from headway.methods.diagnosis.posir.encoders import Encoder, Scorer
-from headway.methods.diagnosis.posir.encoding import Progress, encoded
+from headway.methods.diagnosis.posir.encoding import encoded
 from headway.methods.diagnosis.posir.retrieval import unit_rows
+from headway.progress import Tell
 from headway.statistics import Measurement, bootstrap
 from headway.tasks.positioned_evidence import Fact, moved
 
@@ -58,7 +59,7 @@ def paired_intervention(
     positions: int = POSITIONS,
     generator: np.random.Generator | int = 0,
     folder: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Paired:
     """Moves each fact's statement through the sentences of its filler and scores its question at every place. A
     `folder` keeps embeddings, so that an interrupted run goes on."""
@@ -97,7 +98,7 @@ def _cosines(
     questions: list[str],
     texts: list[list[str]],
     folder: str | Path | None,
-    progress: Progress | None,
+    progress: Tell | None,
 ) -> Float[np.ndarray, "documents texts"]:
     """The cosine of each question with its own texts."""
     asked = unit_rows(encoded(encoder, questions, is_query=True, folder=folder))

@@ -22,25 +22,15 @@ from typing import Any
 
 from headway.errors import ArgumentError, HostError, missing_extra
 from headway.files import write_atomically
-from headway.hosts.rows import check_policy
+from headway.hosts.rows import Account, json_objects
 from headway.methods.diagnosis.posir.data import Query, RetrievalSet, mismatch
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 Row = tuple[str, dict[str, Any]]
 
 
-class _Rows:
+class _Rows(Account):
     """Reads rows and keeps account of those that cannot be used."""
-
-    def __init__(self, bad_rows: str) -> None:
-        check_policy(bad_rows)
-        self.bad_rows = bad_rows
-        self.skipped: list[str] = []
-
-    def bad(self, where: str, why: str) -> None:
-        if self.bad_rows == "refuse":
-            raise ArgumentError(f'{where}: {why} Mend the row, or leave such rows out with bad_rows="skip".')
-        self.skipped.append(f"{where}: {why}")
 
     def read(self, folder: Path, name: str) -> Iterator[Row]:
         for path in _files(folder, name):
@@ -52,22 +42,8 @@ class _Rows:
     def _json_rows(self, path: Path) -> Iterator[Row]:
         opened: Any = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    self.bad(where, f"byte {error.start} of the line is not UTF-8.")
-                    continue
-                except json.JSONDecodeError as error:
-                    self.bad(where, f"got invalid JSON ({error.msg}).")
-                    continue
-                if isinstance(row, dict):
-                    yield where, row
-                else:
-                    self.bad(where, f"got {type(row).__name__}, expected an object.")
+            for number, row in json_objects(lines, lambda number, why: self.bad(f"{path}:{number}", why)):
+                yield f"{path}:{number}", row
 
 
 def read_set(

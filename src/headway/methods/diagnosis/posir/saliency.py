@@ -27,7 +27,7 @@ from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError, HostError, NumericError, unknown
 from headway.methods.diagnosis.posir.data import Query
 from headway.methods.diagnosis.posir.encoders import PooledEncoder
-from headway.methods.diagnosis.posir.encoding import Progress
+from headway.progress import Tell
 
 POINTS, PERCENTILE = 100, 99
 QUERY_TOKENS, DOCUMENT_TOKENS = 512, 2048
@@ -76,7 +76,7 @@ def saliency(
     max_tokens: int = DOCUMENT_TOKENS,
     axis: str = "document",
     points: int = POINTS,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Curves:
     """Saliency curves of (query, document) texts; `batch` documents at once bound the memory."""
     if axis not in AXES:
@@ -101,7 +101,7 @@ def token_gradients(
     *,
     batch: int = BATCH,
     max_tokens: int = DOCUMENT_TOKENS,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, float]]:
     """(number of the pair, g of its real tokens, which of them are inner ones, share of the document read).
 

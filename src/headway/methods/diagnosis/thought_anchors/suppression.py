@@ -19,9 +19,9 @@ Paper: Thought Anchors, arXiv 2506.19143. What differs from the released code, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,14 @@ CHUNK = 16_000_000
 BASELINE_BYTES = 4 * 2**30
 
 
+class Store(Protocol):
+    """Where rows of the matrix are kept by sentence; a dictionary will do."""
+
+    def get(self, sentence: int, /) -> np.ndarray | None: ...
+
+    def __setitem__(self, sentence: int, effects: np.ndarray, /) -> None: ...
+
+
 @dataclass(frozen=True)
 class Suppression:
     """`tokens[j, t]` is the effect of hiding sentence j on the prediction of token t in nats, NaN where it cannot have
@@ -68,7 +76,7 @@ def suppression_matrix(
     heads: Sequence[Head] | None = None,
     baseline: str = "full",
     reuse_prefix: bool = True,
-    store: MutableMapping[int, np.ndarray] | None = None,
+    store: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Suppression:
     """The matrix of a causal language model for the sentences at token ranges `spans`.
@@ -81,7 +89,8 @@ def suppression_matrix(
     Raises ArgumentError for spans that are empty, out of order or beyond the text, and for a text of several rows."""
     _check(model, ids, spans, temperature, baseline)
     length = ids.shape[1]
-    kept = {} if store is None else store
+    rows = {} if store is None else {j: store.get(j) for j in range(len(spans))}
+    kept = {j: row for j, row in rows.items() if row is not None}
     missing = [j for j in range(len(spans)) if j not in kept and spans[j][1] < length]
     work, reused = 0.0, False
     with torch.no_grad(), evaluating(model), use(model):
@@ -98,6 +107,8 @@ def suppression_matrix(
                 effect = np.full(length, np.nan)
                 effect[first + 1 :] = before.divergence(logits[:-1], first)
                 kept[j] = effect
+                if store is not None:
+                    store[j] = effect
                 work += length - first if reused else length
             work += starts.rows if starts is not None else 0
     tokens = np.stack([kept.get(j, np.full(length, np.nan)) for j in range(len(spans))])

@@ -36,7 +36,7 @@ from headway.methods.long_context.dhsa.boundaries import (
     separator_ids,
     window_similarity,
 )
-from headway.methods.long_context.dhsa.choosing import choose_tokens, key_lists
+from headway.methods.long_context.dhsa.choosing import choose_for_row, choose_tokens, key_lists
 from headway.methods.long_context.dhsa.chunks import NORMS, Chunks, chunks_of, normalised
 from headway.methods.long_context.dhsa.labels import attention_ratio, boundary_targets
 from headway.methods.long_context.dhsa.predictor import BoundaryPredictor
@@ -92,6 +92,7 @@ __all__ = [
     "at_budget",
     "attention_ratio",
     "boundary_targets",
+    "choose_for_row",
     "choose_tokens",
     "chunks_of",
     "focal_loss",

@@ -4,6 +4,9 @@
 
 Equal scores, those inside a chunk above all, go to the later token. So chunks are taken whole in the order of their
 scores, and of the last one its latest tokens: it is enough to sort chunks. A key is listed once.
+
+For one row that sees a run of tokens without gaps, `choose_for_row` works on chunks alone, whatever the length of what
+was stored: what is kept of a chunk is its last tokens, so that a list is a row of ranges.
 """
 
 from __future__ import annotations
@@ -69,6 +72,45 @@ def _by_tokens(scores: Tensor, member: Tensor, free: Tensor, room: Tensor) -> Te
     places = torch.arange(of_tokens.shape[-1], device=scores.device).expand_as(order)
     ranks = torch.empty_like(order).scatter_(3, order, places)
     return free[:, None] & (ranks < room[:, None, :, None])
+
+
+def choose_for_row(
+    scores: Float[Tensor, "batch heads chunks"],
+    ends: Int[Tensor, "batch chunks"],
+    first: Int[Tensor, " batch"],
+    last: int,
+    *,
+    early: int,
+    local: int,
+    budget: int,
+) -> Int[Tensor, "batch heads budget"]:
+    """The tokens that one row keeps, in order: the choice of `choose_tokens` for a row that sees all positions from
+    `first` to `last`, both among them, and always reads the `early` first and the `local` last of them.
+
+    `ends` are the positions behind each chunk, the last of which is behind `last`. Raises ArgumentError where a row
+    sees fewer tokens than the budget, or is forced to read more."""
+    batch, heads, chunks = scores.shape
+    room = budget - early - local
+    fewest = last + 1 - int(first.max())
+    if room < 0 or fewest < budget:
+        raise ArgumentError(
+            f"budget: got {budget} keys for rows that see {fewest} and always read {early + local}, expected a number "
+            "between the two."
+        )
+    begin, end = first + early, last + 1 - local
+    highs = ends.clamp(max=end)
+    held = (highs - torch.maximum(pad(ends[:, :-1], (1, 0)), begin[:, None])).clamp(min=0)
+    order = chunks - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    in_order = held[:, None].expand(-1, heads, -1).gather(2, order)
+    left = (room - in_order.cumsum(-1) + in_order).clamp(min=0)
+    taken = torch.empty_like(in_order).scatter_(2, order, torch.minimum(left, in_order)).flatten()
+    # Token t of the flat list is the range's first token plus the place of t behind the ranges before.
+    offsets = highs[:, None].expand(-1, heads, -1).flatten() - taken.cumsum(0)
+    total = batch * heads * room
+    middle = offsets.repeat_interleave(taken, output_size=total) + torch.arange(total, device=scores.device)
+    near = torch.arange(end, last + 1, device=scores.device).expand(batch, heads, -1)
+    far = (first[:, None] + torch.arange(early, device=scores.device))[:, None].expand(-1, heads, -1)
+    return torch.cat([far, middle.view(batch, heads, room), near], -1)
 
 
 def key_lists(

@@ -48,6 +48,12 @@ class Chunks:
         """What stands for each chunk; zero for an empty one."""
         return normalised(self.sums, self.counts, norm)
 
+    def scores(
+        self, query: Float[Tensor, "batch heads rows dim"], norm: str = "sqrt"
+    ) -> Float[Tensor, "batch heads rows chunks"]:
+        """q · k_c of every chunk. Scales scores, not sums: for a row at a time, chunks are read once and not copied."""
+        return query @ self.sums.transpose(-1, -2) / _sizes(self.counts, norm)[:, None, None]
+
     def with_piece(self, key: Tensor, real: Tensor, starts: Tensor) -> Chunks:
         """With the chunks of new tokens behind these; the first new token begins a chunk."""
         added = chunks_of(key, real, starts)
@@ -104,7 +110,12 @@ def normalised(
     sums: Float[Tensor, "batch heads chunks dim"], counts: Int[Tensor, "batch chunks"], norm: str = "sqrt"
 ) -> Float[Tensor, "batch heads chunks dim"]:
     """Sums of n keys over √n, n or 1. Raises ArgumentError for another `norm`."""
+    return sums / _sizes(counts, norm)[:, None, :, None]
+
+
+def _sizes(counts: Int[Tensor, "batch chunks"], norm: str) -> Float[Tensor, "batch chunks"]:
+    """What sums are divided by; an empty chunk counts as one key."""
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
-    size = counts.clamp(min=1).float()[:, None, :, None]
-    return sums.clone() if norm == "sum" else sums / (size.sqrt() if norm == "sqrt" else size)
+    size = counts.clamp(min=1).float()
+    return {"sqrt": size.sqrt, "mean": size.clone, "sum": lambda: torch.ones_like(size)}[norm]()

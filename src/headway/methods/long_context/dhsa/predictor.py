@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, pad
+from torch.nn.functional import cosine_similarity, linear, pad, scaled_dot_product_attention
 
 from headway.errors import ArgumentError, unknown
 from headway.files import write_atomically
@@ -81,21 +81,26 @@ class BoundaryPredictor(nn.Module):
             raise ArgumentError(
                 f"keys: got shape {tuple(keys.shape)}, expected (batch, tokens, {self.width}), heads side by side."
             )
-        around = pad(keys.float(), (0, 0, self.window - 1, self.window)).unfold(1, 2 * self.window, 1)
-        logits = [self._logit(part.transpose(2, 3)) for part in around.split(GAPS, 1)]
-        return torch.cat(logits, 1)
+        padded = pad(keys.float(), (0, 0, self.window - 1, self.window))
+        if isinstance(self.mixer, nn.MultiheadAttention):
+            # A token is projected once, not in each of the windows that it is part of.
+            padded = linear(padded, self.mixer.in_proj_weight, self.mixer.in_proj_bias)
+        around = padded.unfold(1, 2 * self.window, 1)
+        return torch.cat([self._logit(part.transpose(2, 3)) for part in around.split(GAPS, 1)], 1)
 
     def _logit(self, around: Float[Tensor, "batch gaps keys width"]) -> Float[Tensor, "batch gaps"]:
-        flat = around.flatten(0, 1)
-        mixed = self.norm(self._mixed(flat))
+        mixed = self.norm(self._mixed(around.flatten(0, 1)))
         left, right = (self._pooled(half) for half in mixed.split(self.window, 1))
         alike = cosine_similarity(left, right, dim=-1)[:, None]
         features = torch.cat([left, right, (left - right).abs(), left * right, alike], -1)
         return self.head(features)[:, 0].view(around.shape[:2])
 
     def _mixed(self, flat: Float[Tensor, "gaps keys width"]) -> Float[Tensor, "gaps keys width"]:
-        if self.encoder == "attention":
-            return self.mixer(flat, flat, flat, need_weights=False)[0]
+        """The keys of every window after they saw each other; for self-attention `flat` holds queries, keys, values."""
+        if isinstance(self.mixer, nn.MultiheadAttention):
+            split = flat.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            mixed = scaled_dot_product_attention(split[0], split[1], split[2])
+            return self.mixer.out_proj(mixed.transpose(1, 2).flatten(2))
         return self.mixer(flat.transpose(1, 2)).transpose(1, 2) if self.encoder == "conv" else self.mixer(flat)
 
     def _pooled(self, half: Float[Tensor, "gaps keys width"]) -> Float[Tensor, "gaps width"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headway.door.call import AttentionCall, Site
@@ -19,7 +19,7 @@ from headway.errors import ArgumentError, ConflictError, unknown
 from headway.kernels.pooling import block_means
 from headway.methods.budget import check_share
 from headway.methods.long_context.dhsa.boundaries import BoundarySource, Piece, Similarity
-from headway.methods.long_context.dhsa.choosing import choose_tokens, key_lists
+from headway.methods.long_context.dhsa.choosing import choose_for_row, choose_tokens, key_lists
 from headway.methods.long_context.dhsa.chunks import NORMS, Chunks, chunks_of
 
 CHOICES = {
@@ -154,16 +154,31 @@ class DHSA(Selector):
     def _step(self, call: AttentionCall, chunks: Chunks, state: dict[str, Any], budget: int) -> Selection:
         """A generated token: it reads itself, the latest keys, the first, and chunks by their score before it came."""
         chunks = chunks.opened()
-        scores = self._choosers(call.query, call) @ chunks.vectors(self.norm).transpose(-1, -2)
+        scores = chunks.scores(self._choosers(call.query, call), self.norm)
         key, real = self._new_keys(call, chunks.tokens, chunks.tokens + 1)
         chunks = chunks.with_token(key, real)
         _store(state, chunks)
         if chunks.tokens <= budget:
             return Dense()
+        first = self._first_seen(call, chunks.tokens)
+        if first is not None and call.offset + 1 - int(first.max()) >= budget:
+            ends = chunks.ends - call.first_key
+            forced = {"early": self.global_tokens, "local": self.local_tokens}
+            index = choose_for_row(scores[:, :, 0], ends, first, call.offset, **forced, budget=budget)
+            return Keys(index[:, :, None], query_block=1)
         at = torch.full((1,), call.offset, device=call.query.device)
-        allowed, forced = self._sides(_real(call, call.first_key, chunks.tokens), at, at, call.site.window)
+        allowed, forced_keys = self._sides(_real(call, call.first_key, chunks.tokens), at, at, call.site.window)
         member = chunks.of_tokens(call.first_key, chunks.tokens)
-        return Keys(*key_lists(choose_tokens(scores, member, allowed, forced, budget)), query_block=1)
+        return Keys(*key_lists(choose_tokens(scores, member, allowed, forced_keys, budget)), query_block=1)
+
+    def _first_seen(self, call: AttentionCall, tokens: int) -> Int[Tensor, " batch"] | None:
+        """The first key that the last row of each sequence sees; None where padding stands between tokens."""
+        oldest = 0 if call.site.window is None else max(call.offset - call.site.window + 1, 0)
+        real = call.real_tokens(call.first_key, tokens)
+        if real is None or bool(real.all()):
+            return torch.full((call.query.shape[0],), oldest, device=call.query.device)
+        first = real.int().argmax(1)
+        return first.clamp(min=oldest) if bool((real.sum(1) == real.shape[1] - first).all()) else None
 
     def _known(self, call: AttentionCall, state: dict[str, Any], tokens: int) -> Chunks:
         """The chunks of the first tokens: remembered, or made anew for a request that began elsewhere."""

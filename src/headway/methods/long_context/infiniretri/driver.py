@@ -71,7 +71,8 @@ class InfiniRetri(Settings, Driver):
 
     def generate(self, model: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The host's own output, whose sequences begin with the whole prompt. Scores, attentions and hidden states in
-        it are those of the shorter one. A batch is read row by row and answered as one."""
+        it are those of the shorter one. A batch is read row by row and answered as one. Assisted decoding guesses and
+        checks on the shorter prompt, and gives the greedy answer."""
         ids, rest = _prompt(args, kwargs)
         if self.share == 1 or ids is None:
             return generate(*args, **kwargs)

@@ -9,8 +9,10 @@ w + s + ⌈log₂ n⌉ of n blocks. Writing a distance in binary takes one hop p
 Paper: PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention, arXiv 2503.03588. The
 mask is part of the model: it is meant for light continued training, in prefill and decoding alike, so it never gives
 way to dense attention. As a query moves on, its distances sweep over all old blocks: no key may ever be dropped, so the
-method saves reads and compute, not memory. `fine_tune` trains a host with the mask in place; `reach`, `hops_to_all` and
-`pattern_mask` compare its receptive field with a window, a stride, a dilated window and LongNet's segments.
+method saves reads and compute, not memory. Every row reads the keys of its own position, in whatever forward it comes:
+chunked prefill, batches, beams and assisted decoding give what token by token gives. `fine_tune` trains a host with the
+mask in place; `reach`, `hops_to_all` and `pattern_mask` compare its receptive field with a window, a stride, a dilated
+window and LongNet's segments.
 
 No released code was available. base other than 2 is an extension of ours (digits of the distance in that base, each
 multiple of a power allowed), as is counting blocks from the first real token of a padded sequence. The paper's hybrid

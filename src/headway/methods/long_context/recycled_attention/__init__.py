@@ -20,6 +20,11 @@ Neither says how wide the pool is (7 here), how the heads of one layer agree on 
 as the host rotated them), or that tokens since the last full step, which have no score, must stay (they do). Each
 layer and each sequence of a batch decides for itself; a batch in which only some sequences do a full step reads all
 keys for it. The default budget and stride are those of the paper's language-model runs.
+
+A full step makes its output and its scores from one product of the query with the keys. Assisted decoding is refused
+once a text has more tokens than the budget (stride=1 excepted): it checks guesses in one forward of several tokens,
+which is dense here, so that it would give neither the method's text nor dense attention's. Taking back single steps, or
+a forward as a whole, works.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from headway.methods.long_context.recycled_attention.selection import (
     has_drifted,
     key_scores,
     log_weights,
+    normalised_logs,
     query_similarity,
 )
 from headway.methods.long_context.recycled_attention.store import RecycledLayer
@@ -141,10 +142,11 @@ class RecycledAttention(CachePolicy):
         if not self.recycles:
             return whole
         if not layer.chosen:
-            layer.refresh(self._scores(whole), call.query)
-            return whole
+            return self._choosing(call, whole, layer)
         every, some = bool(due.all()), bool(due.any())
         chooses = some and self.full_step != "attend"
+        if every and self.full_step == "both":
+            return self._choosing(call, whole, layer)
         if not (every and chooses):
             layer.push(self.most_fresh, None if whole.mask is None else whole.mask[:, 0, 0, -1])
         if chooses:
@@ -152,7 +154,7 @@ class RecycledAttention(CachePolicy):
         small = whole if layer.small.empty else _small(call, layer)
         if self.victim == "latest" and not every:
             self._rescore(small, layer, due)
-        if every and self.full_step != "select":
+        if every and not chooses:
             return whole
         alone = not some or self.full_step == "select" or layer.small.empty
         return small if alone else _mixed(whole, layer, due)
@@ -171,9 +173,21 @@ class RecycledAttention(CachePolicy):
             due = due | (2 * (layer.seen - 1 - layer.full_at) >= self.budget)
         return due
 
+    def _choosing(self, call: AttentionCall, whole: AttentionCall, layer: RecycledLayer) -> AttentionCall:
+        """The call over all keys, which renews the choice from the logits that its output is made of."""
+
+        def choose(logits: Tensor, lse: Tensor) -> None:
+            logs = normalised_logs(logits.detach(), lse.detach())[:, :, -1]
+            layer.refresh(self._ranked(logs, whole.key.shape[1]), call.query)
+
+        return whole.replace(tell=choose)
+
     def _scores(self, call: AttentionCall) -> Float[Tensor, "batch kv_heads keys"]:
         """Scores of all keys by the last query row."""
-        scores = key_scores(log_weights(call, call.queries - 1), call.key.shape[1], pool=self.pool, group=self.group)
+        return self._ranked(log_weights(call, call.queries - 1), call.key.shape[1])
+
+    def _ranked(self, logs: Float[Tensor, "batch heads keys"], kv_heads: int) -> Float[Tensor, "batch kv_heads keys"]:
+        scores = key_scores(logs, kv_heads, pool=self.pool, group=self.group)
         if self.sinks:
             place = (scores > -torch.inf).cumsum(-1)
             scores = scores.masked_fill((scores > -torch.inf) & (place <= self.sinks), torch.inf)
@@ -195,6 +209,22 @@ class RecycledCache(PolicyCache):
         require_plain_decoder(model)
         layers = text_config(model).num_hidden_layers
         super().__init__(policy, [RecycledLayer(policy.budget) for _ in range(layers)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back; the next step is a full one.
+
+        Raises ArgumentError when a part of the last forward is taken back (none of it included, which only a check of
+        guesses asks for) and that forward had several tokens and more keys than the budget: it read all of them, where
+        single steps would have recycled, so that what stays is not what decoding would have given."""
+        count, last = abs(int(tokens_to_remove)), self.layers[0].last
+        if self.policy.recycles and count < last and last > 1 and self.layers[0].seen > self.policy.budget:
+            raise ArgumentError(
+                f"RecycledAttention: got a request to take back {count} of the {last} tokens of one forward, expected "
+                "all of them or single steps: a forward of several tokens reads every key, so guesses that it checks "
+                f"are judged by dense attention as soon as there are more than {self.policy.budget:,} tokens. Generate "
+                "without assisted decoding, raise the budget, or use stride=1."
+            )
+        super().crop(tokens_to_remove)
 
     def small_bytes(self) -> int:
         """Bytes that the method adds to those of the full cache."""

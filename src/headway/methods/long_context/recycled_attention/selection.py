@@ -27,8 +27,14 @@ ROUNDING = 1e-5
 def log_weights(call: AttentionCall, row: int) -> Float[Tensor, "batch heads keys"]:
     """Logarithms of one row's weights: they order keys whose weights are too small for a float."""
     logits = call.logits(torch.tensor([row], device=call.query.device))
-    lse = normalise(logits, call.sinks)[1][..., None]
-    return torch.where(logits == -torch.inf, logits, logits - lse)[:, :, 0]
+    return normalised_logs(logits, normalise(logits, call.sinks)[1])[:, :, 0]
+
+
+def normalised_logs(
+    logits: Float[Tensor, "batch heads rows keys"], lse: Float[Tensor, "batch heads rows"]
+) -> Float[Tensor, "batch heads rows keys"]:
+    """logits − lse; −inf throughout in a row that sees nothing."""
+    return logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
 
 
 def key_scores(

@@ -8,7 +8,7 @@ decide its shape: vertical stripes, diagonals, repeated diagonals, seasonal retu
 Paper: Why Attention Patterns Exist: A Unifying Temporal Perspective Analysis, arXiv 2601.21709. `similarity` holds its
 number, `bounds` what stands in for its theorems, `predictability` and `profile` the measures on attention rows,
 `classify` the labels, `observer` what plugs into the door. The number has two uses: `budget` and `eviction` keep more
-keys where it is low, `pruning` leaves out layers where it is high.
+keys where it is low, `pruning` leaves out layers where it is high. `expected` is a policy to compare the first with.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from headway.methods.long_context.tappa.classify import (
     peak_lag,
 )
 from headway.methods.long_context.tappa.eviction import WINDOW, TappaCache, TappaEviction
+from headway.methods.long_context.tappa.expected import ExpectedAttention, expected_scores, mean_rotation
 from headway.methods.long_context.tappa.observer import PatternObserver
 from headway.methods.long_context.tappa.predictability import (
     RowSimilarity,
@@ -92,6 +93,7 @@ __all__ = [
     "CARD",
     "MEANING",
     "BoundCheck",
+    "ExpectedAttention",
     "HeadPatterns",
     "LayerMeasures",
     "PatternObserver",
@@ -110,9 +112,11 @@ __all__ = [
     "classify",
     "diagonal_bound",
     "dominant_pairs",
+    "expected_scores",
     "host_frequencies",
     "key_similarity",
     "lag_bound",
+    "mean_rotation",
     "measure_layers",
     "peak_lag",
     "predictability",

@@ -61,6 +61,7 @@ class TappaEviction(CachePolicy):
     prompt are read, each may hold a quarter more than its share. In a batch a layer has as many slots as its largest
     sequence needs. Raises ArgumentError for a budget that is no more than the window, HostError for position biases."""
 
+    by_forward = "keys leave once for all rows of a forward, by the attention of these rows"
     budget: int = 1024
     window: int = WINDOW
     level: str = "layer"
@@ -151,7 +152,7 @@ class TappaEviction(CachePolicy):
     ) -> None:
         """Token scores and what the preference is made of, from the window's queries."""
         weights = self._window_weights(call, layer, recent)
-        layer.scores = self._padded_scores(call, layer, weights)
+        layer.scores = self.prompt_scores(call, layer, weights, rotary)
         positions = _recent_positions(layer.seen, recent.shape[2], call.query.device)
         similarity = query_similarity(
             recent,
@@ -169,6 +170,16 @@ class TappaEviction(CachePolicy):
                 "spread": torch.stack([dispersion(w).mean(-1) for w in weights], 1),
                 "variance": torch.stack([shift(w).mean(-1) for w in weights], 1),
             }
+
+    def prompt_scores(
+        self,
+        call: AttentionCall,
+        layer: TappaLayer,
+        weights: Sequence[Tensor],
+        rotary: tuple[Tensor | None, Layout],
+    ) -> list[Tensor]:
+        """The rank of every slot of each store when a prompt is cut, from the window's weights on them."""
+        return self._padded_scores(call, layer, weights)
 
     def _cascade(self, call: AttentionCall, cache: TappaCache, index: int, share: Bool[Tensor, " batch"]) -> None:
         """Shares the total out over the layers so far, and lets go of what exceeds it."""

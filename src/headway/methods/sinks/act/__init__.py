@@ -23,7 +23,15 @@ from headway.methods.sinks.act.detection import find_sinks, received_mass, witho
 from headway.methods.sinks.act.editor import ACT
 from headway.methods.sinks.act.heads import HeadSet, candidate_heads
 from headway.methods.sinks.act.scoring import ChoiceScore, HiddenSinks
-from headway.methods.sinks.act.search import HeadSearch, profits, search_heads, split_items, warn_if_same
+from headway.methods.sinks.act.search import (
+    HeadSearch,
+    join_searches,
+    judge_heads,
+    profits,
+    search_heads,
+    split_items,
+    warn_if_same,
+)
 
 CARD = Card(
     slug="act",
@@ -72,6 +80,8 @@ __all__ = [
     "candidate_heads",
     "find_sinks",
     "interpolate",
+    "join_searches",
+    "judge_heads",
     "profits",
     "received_mass",
     "redistribute",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headway.door.call import AttentionCall, Site
 from headway.door.capture import check_head_indices
+from headway.door.rotary import OTHER_TOWERS
 from headway.door.row_memory import remembered
 from headway.door.stages import Editor
 from headway.errors import ArgumentError, ConflictError, unknown
@@ -43,11 +44,14 @@ class ACT(Editor):
     threshold, tau, alpha, least_rows: what counts as a sink, see `find_sinks`. scope: "prompt" takes the sinks of a
     prompt from all its rows, which looks ahead inside the prompt (the paper's); "causal" lets row i use rows up to i,
     so that prefill equals decoding token by token. initial: the sink that is spared: "first_token", "first_flagged"
-    (the released rule) or "none". protect: keys that are never scaled down. candidates: the only keys that may be.
+    (the released rule) or "none". protect: keys that are never scaled down. candidates: the only keys that may be. Both
+    are positions or a mask, so a key may be a word or a piece of a picture.
 
     In the prompt scope a prompt's sinks stay while tokens are generated, and new keys join by their running mean; a
     prompt read in chunks takes the sinks of each chunk from the rows so far. Weights are read as q and k give them.
-    Raises ArgumentError for numbers that cannot be and for heads that the host does not have."""
+    Towers that read pictures or sound are left alone; their tokens are keys of the language model like any others.
+    Raises ArgumentError for numbers that cannot be, for heads that the host does not have, and for a scope over two
+    stacks of layers, whose numbers would mean both."""
 
     heads: Sequence[Head]
     beta: float = BETA
@@ -79,13 +83,17 @@ class ACT(Editor):
         return self
 
     def acts_at(self, site: Site) -> bool:
-        return site.kind != "cross" and self.beta < 1 and bool(self.heads_at(site))
+        return self.beta < 1 and bool(self.heads_at(site))
 
     def heads_at(self, site: Site) -> list[int]:
+        if site.kind == "cross" or in_tower(site.name):
+            return []
         return [head for layer, head in self.heads if layer == site.layer]
 
     def prepare(self, sites: Sequence[Site]) -> None:
-        known = {site.layer: site for site in sites if site.kind != "cross"}
+        own = [site for site in sites if site.kind != "cross" and not in_tower(site.name)]
+        check_one_stack([site.name for site in own])
+        known = {site.layer: site for site in own}
         for layer, head in self.heads:
             if sites and layer not in known:
                 raise unknown("layer", layer, sorted(known))
@@ -234,6 +242,27 @@ class _Tally:
             allowed=allowed if count.ndim == 3 else allowed[:, :, None],
         )  # fmt: skip
         return without_first_flagged(found) if act.initial == "first_flagged" else found
+
+
+def in_tower(name: str) -> bool:
+    """Whether a site belongs to the part of a host that reads pictures or sound."""
+    return any(word in name for word in OTHER_TOWERS)
+
+
+def check_one_stack(names: Sequence[str]) -> None:
+    """ArgumentError where (layer, head) would name several places: sites of more than one stack of layers."""
+    stacks = list(dict.fromkeys(_stack(name) for name in names))
+    if len(stacks) > 1:
+        raise ArgumentError(
+            f"sites: got self-attention in {' and '.join(stacks)}, each with layers from 0, expected one of them. "
+            f"Narrow the scope: headway.use(model, ACT(…), sites=['{stacks[-1]}*'])."
+        )
+
+
+def _stack(name: str) -> str:
+    """The module path in front of the layer number."""
+    parts = name.split(".")
+    return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))])
 
 
 def _columns(call: AttentionCall, at: list[int]) -> Int[Tensor, "#batch #heads keys"]:

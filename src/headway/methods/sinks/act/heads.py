@@ -14,7 +14,7 @@ from headway.door.sites import inspect
 from headway.errors import ArgumentError, HostError
 from headway.files import write_atomically
 from headway.hosts.fingerprint import Fingerprint, check_fingerprint, fingerprint
-from headway.methods.sinks.act.editor import ACT
+from headway.methods.sinks.act.editor import ACT, check_one_stack, in_tower
 
 Head = tuple[int, int]
 FORMAT = "headway act heads 1"
@@ -24,8 +24,10 @@ SETTINGS = ("beta", "threshold", "tau", "alpha", "least_rows", "scope", "initial
 
 def candidate_heads(model: nn.Module, *, skip_first: int = 2, skip_last: int = 1) -> list[Head]:
     """Every (layer, query head) of a host's self-attention, without its first and last layers (the released search
-    leaves out two and one of 32). Runs one tiny forward."""
-    rows = [row for row in inspect(model).rows if row.allows and row.kind == "self" and row.layer is not None]
+    leaves out two and one of 32) and without towers that read pictures or sound. Runs one tiny forward."""
+    usable = [row for row in inspect(model).rows if row.allows and row.kind == "self" and row.layer is not None]
+    rows = [row for row in usable if not in_tower(row.site)]
+    check_one_stack([row.site for row in rows])
     layers = sorted({row.layer for row in rows if row.layer is not None})
     if min(skip_first, skip_last) < 0 or skip_first + skip_last >= len(layers):
         raise ArgumentError(

@@ -20,7 +20,7 @@ from headway.door.blocks import block_forms, recorded_inputs, starting_at
 from headway.door.call import AttentionCall
 from headway.door.stages import Observer
 from headway.methods.sinks.act.detection import find_sinks, first_seen, received_mass
-from headway.methods.sinks.act.editor import ACT
+from headway.methods.sinks.act.editor import ACT, in_tower
 from headway.tasks.choice import Choices, Question, choice_batches, score_batch
 
 Head = tuple[int, int]
@@ -40,6 +40,11 @@ class ChoiceScore:
         self.batches = choice_batches(tokenizer, questions)
         self.forms = block_forms(model)
         self._inputs: list[list[Tensor]] = []
+
+    @property
+    def items(self) -> tuple[Question, ...]:
+        """What is scored, so that a search and its report can be told apart."""
+        return self.questions
 
     def __call__(self, stage: ACT | None) -> dict[str, Float[np.ndarray, " items"]]:
         found = self.choices(stage)
@@ -85,7 +90,7 @@ class HiddenSinks(Observer):
         self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def observe(self, call: AttentionCall, output: Tensor, lse: Tensor | None = None) -> None:
-        if call.site.kind == "cross":
+        if call.site.kind == "cross" or in_tower(call.site.name):
             return
         weights, seen = call.weights(), call.visible()
         padded = call.padded_rows()

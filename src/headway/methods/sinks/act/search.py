@@ -4,14 +4,15 @@
     gain = score with that head alone calibrated − score without
 
 The released code scores every head and ships lists of heads, but not the rule between the two; this one is ours. The
-best of hundreds of heads on few items is partly luck, so a result is reported on the held-out part alone.
+best of hundreds of heads on few items is partly luck, so `judge_heads` reports on other items, and warns where some are
+the same.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,19 @@ Scores = Mapping[str, Float[np.ndarray, " items"]]
 Score = Callable[[ACT | None], Scores]
 #: Seed of the released scripts, which search on 900 items per task.
 SEED = 42
+#: Difference of two baselines on the same items that rounding explains.
+SAME = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSearch:
-    """What a search found: gains by head and task, and the selected heads, best first."""
+    """What a search found: gains by head and task, the selected heads, best first, and the items it was made on where
+    the score tells them."""
 
     baseline: Mapping[str, float]
     gains: Mapping[Head, Mapping[str, float]]
     selected: tuple[Head, ...]
+    items: tuple[Any, ...] = ()
 
     def mean_gain(self, head: Head) -> float:
         return float(np.mean(list(self.gains[head].values())))
@@ -57,8 +62,9 @@ def search_heads(
     """Scores every head alone and selects by the rule above, at most the best `top_k`.
 
     `score(stage)` returns the scores of the calibration items by task, each between 0 and 1 (right or wrong, or the
-    probability of the right answer); `settings` are those of `ACT`. `track` may show a bar. Raises ArgumentError for no
-    heads, repeated ones, or a `top_k` below 1."""
+    probability of the right answer); its attribute `items`, where it has one, holds the items themselves. `settings`
+    are those of `ACT`. `track` may show a bar. Raises ArgumentError for no heads, repeated ones, or a `top_k` below
+    1."""
     tried = [(int(layer), int(head)) for layer, head in heads]
     if not tried or len(set(tried)) != len(tried):
         raise ArgumentError(f"heads: got {len(tried)} with {len(set(tried))} different ones, expected each once.")
@@ -71,11 +77,49 @@ def search_heads(
     for head in tried if track is None else track(tried):
         scores = score(ACT(heads=[head], **settings))
         gains[head] = {task: float(np.mean(scores[task]) - np.mean(baseline[task])) for task in baseline}
-    found = HeadSearch(
-        baseline={task: float(np.mean(values)) for task, values in baseline.items()}, gains=gains, selected=()
-    )
+    means = {task: float(np.mean(values)) for task, values in baseline.items()}
+    return _selected(means, gains, top_k, tuple(getattr(score, "items", ())))
+
+
+def join_searches(parts: Sequence[HeadSearch], *, top_k: int | None = None) -> HeadSearch:
+    """One search out of several over different heads on the same items, such as those of several processes.
+
+    Raises ArgumentError where a head was tried twice or the items or baselines differ."""
+    heads = [head for part in parts for head in part.gains]
+    if not heads or len(set(heads)) != len(heads):
+        raise ArgumentError(f"parts: got {len(heads)} heads with {len(set(heads))} different ones, expected each once.")
+    first = parts[0]
+    if any(
+        part.items != first.items
+        or part.baseline.keys() != first.baseline.keys()
+        or any(abs(part.baseline[task] - mean) > SAME for task, mean in first.baseline.items())
+        for part in parts[1:]
+    ):
+        raise ArgumentError(
+            f"parts: got searches with the baselines {[dict(part.baseline) for part in parts]}, expected the same "
+            "items in each."
+        )
+    return _selected(first.baseline, {h: part.gains[h] for part in parts for h in part.gains}, top_k, first.items)
+
+
+def _selected(
+    baseline: Mapping[str, float], gains: Mapping[Head, Mapping[str, float]], top_k: int | None, items: tuple[Any, ...]
+) -> HeadSearch:
+    found = HeadSearch(baseline=baseline, gains=gains, selected=(), items=items)
     chosen = [head for head in found.ranking() if profits(gains[head])][:top_k]
-    return HeadSearch(baseline=found.baseline, gains=gains, selected=tuple(chosen))
+    return replace(found, selected=tuple(chosen))
+
+
+def judge_heads(found: HeadSearch, score: Score, **settings: Any) -> dict[str, float]:
+    """The gain by task of the selected heads, calibrated together, on the items of another score.
+
+    Warns where these were searched on. `settings` are those of `ACT`. Raises ArgumentError where the search selected
+    nothing."""
+    if not found.selected:
+        raise ArgumentError("found: got a search that selected no head, expected at least one. Nothing profits here.")
+    warn_if_same(found.items, getattr(score, "items", ()))
+    without, calibrated = score(None), score(ACT(heads=found.selected, **settings))
+    return {task: float(np.mean(calibrated[task]) - np.mean(values)) for task, values in without.items()}
 
 
 def profits(gains: Mapping[str, float]) -> bool:

@@ -64,6 +64,7 @@ class IntactKV(CachePolicy):
     "token"; "exact" leaves them as they are.
     group: tokens that wait until they are quantised together; a prompt of at least as many is one group."""
 
+    by_forward = "tokens of one forward are read before they become codes"
     bits: int | None = 4
     sinks: int = SINKS
     key_per: str = "channel"

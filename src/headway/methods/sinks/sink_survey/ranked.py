@@ -44,6 +44,7 @@ class RankedEviction(CachePolicy):
     Raises ArgumentError for a budget that cannot hold sinks and recent tokens, HostError for hosts with a position bias
     or compressed keys."""
 
+    by_forward = "keys leave once for all rows of a forward, by scores that these rows have changed"
     budget: int = 512
     recent: int = 32
     sinks: int = SINKS

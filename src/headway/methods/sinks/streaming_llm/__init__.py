@@ -26,11 +26,12 @@ from headway.card import Card
 from headway.door.policy_hosts import text_config
 from headway.door.stages import Stage
 from headway.errors import ArgumentError
-from headway.methods.sinks.streaming_llm.perplexity import recompute_perplexity, streaming_perplexity
+from headway.methods.sinks.streaming_llm.perplexity import streaming_perplexity
 from headway.methods.sinks.streaming_llm.policy import StreamingCache, StreamingLLM
 from headway.methods.sinks.streaming_llm.sink_token import (
     ZeroSink,
     add_sink_token,
+    sink_token_of,
     with_sink,
 )
 
@@ -77,7 +78,7 @@ __all__ = [
     "ZeroSink",
     "add_sink_token",
     "at_budget",
-    "recompute_perplexity",
+    "sink_token_of",
     "streaming_perplexity",
     "with_sink",
 ]

@@ -72,6 +72,10 @@ class StreamingLLM(CachePolicy):
         """The same at a layer of the host, which may have a shorter window of its own."""
         return self.reach if call.site.window is None else min(self.reach, call.site.window - 1)
 
+    @property
+    def moves_keys(self) -> bool:
+        return self.positions == "cache"
+
     def make_cache(self, model: nn.Module) -> StreamingCache:
         return StreamingCache(self, model)
 
@@ -95,8 +99,8 @@ class StreamingLLM(CachePolicy):
         if not isinstance(cache, StreamingCache):
             return self._read_whole(call)
         layer = cache.layers[call.site.layer]
-        narrower = call.site.window is not None and call.site.window <= self.reach
-        if call.queries == 1 and layer.contiguous and not narrower:
+        layer.reach = self.reach_at(call)
+        if call.queries == 1 and layer.contiguous:
             return [self._read_step(call, layer, cache)]
         own = call.query_positions[None] - cache.first.to(call.query.device)[:, None]
         return self._two_parts(call, layer.sink_keys(), layer.window_keys(), own, cache.turned_back, layer.frequencies,
@@ -109,7 +113,7 @@ class StreamingLLM(CachePolicy):
         """One query row: the sinks, placed anew, stand in front of the window in one buffer."""
         own = call.query_positions[-1] - cache.first
         oldest = layer.oldest - cache.first
-        shift = self._shift(own, oldest, self.reach) if self.positions == "cache" else torch.zeros_like(own)
+        shift = self._shift(own, oldest, layer.reach) if self.positions == "cache" else torch.zeros_like(own)
         key, value = layer.with_sinks(shift - cache.turned_back)
         return call.replace(key=key, value=value, mask=None, causal=False, first_key=0, first_query=None)
 
@@ -262,9 +266,9 @@ class StreamingCache(PolicyCache):
             self.turned_back += back
 
     def contains(self, position: int) -> bool:
-        """Whether the token at a position of the text (padding not counted) is still held, in every row."""
-        held = self.layers[0].held()
-        return bool((held == position).any(1).all())
+        """Whether the token at a position of the text (padding not counted) is still held in every row, by the layers
+        that see farthest: those with a shorter window of the host's own drop it before."""
+        return any(bool((layer.held() == position).any(1).all()) for layer in self.layers)
 
     def evict_for_space(self, tokens: int) -> None:
         """Makes room for a turn of so many tokens before it comes: the window shrinks by as much."""
@@ -277,7 +281,7 @@ class StreamingCache(PolicyCache):
                 tokens, self.policy.window,
             )  # fmt: skip
         for layer in self.layers:
-            layer.evict(max(left, 0))
+            layer.evict(min(max(left, 0), layer.reach))
 
     def move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
         self.first = move(self.first)
@@ -306,8 +310,8 @@ def _rotary_layers(policy: StreamingLLM, model: nn.Module) -> list[tuple[Tensor 
     found = [host_frequencies(model, index) for index in range(config.num_hidden_layers)]
     if all(frequencies is None for frequencies, _ in found):
         raise HostError(
-            f"{type(model).__name__}: got a host without rotary positions, expected RoPE. Learned absolute positions "
-            "and ALiBi cannot be placed anew in a cache of keys."
+            f"{type(model).__name__}: got a host without rotary positions, expected RoPE. Learned positions are part "
+            "of every stored key, and a bias by distance (ALiBi) is made by the host for the text, not for the cache."
         )
     changing = changing_frequencies(model)
     if changing:

@@ -16,6 +16,7 @@ LEAST_SLACK = 64
 
 class StreamingLayer(PolicyLayer):
     """Buffer slots: [free | place for the sinks | window | room]. `first` is the column of each row's first token;
+    `reach` the largest distance of a window key, shortened at the first read where the host's own window is shorter;
     `turned` counts the keys of one sequence and head that were rotated so far."""
 
     def __init__(self, sinks: int, reach: int, frequencies: Tensor | None, layout: Layout) -> None:
