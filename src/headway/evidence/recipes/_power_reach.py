@@ -126,7 +126,7 @@ def measure_long_reach(context: Context) -> dict[str, Any]:
     ]
     wrong, found = 0, dict[str, Any]()
     for name, depth, method, mask in context.track(arms, "gradients at full length"):
-        model = tiny_lm(seed_of(context, f"long {name}"), vocabulary=64, tokens=tokens, layers=depth, width=32)
+        model = tiny_lm(seed_of(context, f"long {name}"), vocabulary=64, tokens=tokens, layers=depth, width=16, heads=1)
         moved = influence(model, method, ids)
         expected = reached(mask, depth)[-1]
         wrong += int((moved != expected.repeat_interleave(block)).sum())
@@ -143,15 +143,15 @@ def influence(model: nn.Module, method: Selector, ids: Tensor) -> Tensor:
     return embedded.grad[0].abs().sum(-1) > 0
 
 
-def tiny_lm(seed: int, *, vocabulary: int, tokens: int, layers: int, width: int = 64) -> nn.Module:
+def tiny_lm(seed: int, *, vocabulary: int, tokens: int, layers: int, width: int = 64, heads: int = 4) -> nn.Module:
     """A Llama with random weights of its own initialiser."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=2 * tokens, bos_token_id=None,
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=2 * tokens, bos_token_id=None,
             eos_token_id=None,
         )  # fmt: skip
         return LlamaForCausalLM(config)
