@@ -23,7 +23,8 @@ def test_the_recipe_of_the_paper_carries_them():
 
 
 def test_every_budget_holds_as_many_bytes(tmp_path):
-    found = budgets._continuation(context(tmp_path), 0, 2)
+    ready = budgets._ready(context(tmp_path), 2, 56)
+    found = budgets._continuation(lambda: ready, 0, 48, 16, 4)
     assert set(found["loss"]) == {"dense", "heads", *budgets.BUDGETS, *budgets.OTHERS}
     assert {name: ratio for name, ratio in found["bytes"].items() if ratio != 1} == {
         "duo_attention": found["bytes"]["duo_attention"]
@@ -78,7 +79,8 @@ def test_a_budget_fails_only_where_the_interval_says_so(tmp_path, gaps, verdict)
 
 def test_a_passage_is_kept_when_a_run_stops(tmp_path, monkeypatch):
     first = budgets.claims(context(tmp_path))
-    monkeypatch.setattr(budgets, "_continuation", lambda *a: pytest.fail("measured twice"))
+    for name in ("_continuation", "host"):
+        monkeypatch.setattr(budgets, name, lambda *a: pytest.fail("measured twice"))
     again = budgets.claims(context(tmp_path))
     assert [c.to_dict() for c in again] == [c.to_dict() for c in first]
 

@@ -8,12 +8,13 @@ DuoAttention stand beside TAPPA because the paper compares with the first, and i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from headway.door import use
 from headway.door.stages import CachePolicy
@@ -30,6 +31,8 @@ BUDGETS = ("similarity", "uniform", "inverted", "random", "cake", "mixed")
 OTHERS = ("expected_attention", "duo_attention")
 #: The arms that recall is asked of, beside dense attention.
 RECALL = ("similarity", "uniform", "inverted", *OTHERS)
+#: Samples of recall in one stage.
+SAMPLES = 5
 
 CRITERIA = {
     "memory-is-saved": at_most(1.01, label="bytes held over bytes of the budget"),
@@ -53,33 +56,47 @@ Make = Callable[[int], CachePolicy]
 
 
 def claims(context: Context) -> list[Claim]:
-    """The claims, measured: a passage is a stage, and so are the questions."""
-    passages = context.choose(smoke=2, small=6, full=100)
+    """The claims, measured: a passage is a stage, and so are a few questions. The model is loaded once, if at all."""
+    sizes = context.choose(smoke=(2, 48, 8, 16, 4), small=(6, 512, 64, 96, 32), full=(100, 8192, 512, 512, 32))
+    passages, prompt, follow, budget, window = sizes
+    ready = cache(partial(_ready, context, passages, prompt + follow))
     parts = [
-        context.stage(f"budgets-{number}", partial(_continuation, context, number, passages))
+        context.stage(f"budgets-{number}", partial(_continuation, ready, number, prompt, budget, window))
         for number in context.track(range(passages), "continuations")
     ]
-    recall = context.stage("budget-recall", lambda: _recall(context))
+    recall = _recall(context, ready)
     return [_memory_claim(parts), *_budget_claims(context, parts), *_other_claims(context, parts),
             _recall_claim(context, recall)]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A model, its tokenizer, passages of one length from all over a text, and gates of DuoAttention.
+
+    The gates are ranked on one more passage, which nothing else is measured on."""
+
+    model: Any
+    tokenizer: Any
+    passages: Int[Tensor, "passages tokens"]
+    gates: Gates
+
+
+def _ready(context: Context, passages: int, length: int) -> Ready:
+    model, tokenizer, ids = host(context, (passages + 1) * length)
+    pieces = spread(ids, passages + 1, length)
+    return Ready(model, tokenizer, pieces[:-1], score_heads(model, [pieces[-1:]]))
+
+
 @torch.no_grad()
-def _continuation(context: Context, number: int, passages: int) -> dict[str, Any]:
+def _continuation(ready: Callable[[], Ready], number: int, prompt: int, budget: int, window: int) -> dict[str, Any]:
     """Mean loss of a passage's continuation after its prompt was cut, by arm, and the bytes that stayed over those of
     the budget."""
     from headway.tasks.perplexity import negative_log_likelihood
 
-    prompt, follow, budget, window = context.choose(
-        smoke=(48, 8, 16, 4), small=(512, 64, 96, 32), full=(8192, 512, 512, 32)
-    )
-    # The passage behind the last one is what DuoAttention's heads are ranked on.
-    model, _, ids = host(context, (passages + 1) * (prompt + follow))
-    pieces = spread(ids, passages + 1, prompt + follow)
-    piece = pieces[number]
+    model, piece = ready().model, ready().passages[number]
     loss: dict[str, float] = {}
     held: dict[str, float] = {}
-    for name, make in _arms(model, pieces[-1:], prompt, budget, window).items():
+    for name, make in _arms(ready().gates, prompt, budget, window).items():
         with use(model, *([] if make is None else [make(number)])):
             first = model(input_ids=piece[None, :prompt], use_cache=True, logits_to_keep=1)
             if make is not None:
@@ -87,26 +104,24 @@ def _continuation(context: Context, number: int, passages: int) -> dict[str, Any
             rest = model(input_ids=piece[None, prompt:], past_key_values=first.past_key_values)
         logits = torch.cat([first.logits[0], rest.logits[0, :-1]])
         loss[name] = float(negative_log_likelihood(logits, piece[prompt:]).mean())
-    return {"loss": loss, "bytes": held, "prompt": prompt, "budget": budget, "window": window, "tokens": follow}
+    return {
+        "loss": loss,
+        "bytes": held,
+        "prompt": prompt,
+        "budget": budget,
+        "window": window,
+        "tokens": len(piece) - prompt,
+    }
 
 
-def _arms(
-    model: nn.Module, calibration: Int[Tensor, "1 tokens"], prompt: int, budget: int, window: int
-) -> dict[str, Make | None]:
+def _arms(gates: Gates, prompt: int, budget: int, window: int) -> dict[str, Make | None]:
     """Dense attention and every policy, all of one size."""
     arms: dict[str, Make | None] = {"dense": None}
     for name in BUDGETS:
         arms[name] = partial(_tappa, budget, window, preference=name)
     arms["heads"] = partial(_tappa, budget, window, preference="similarity", level="head")
-    return arms | _other_arms(model, calibration, prompt, budget, window)
-
-
-def _other_arms(
-    model: nn.Module, calibration: Int[Tensor, "1 tokens"], prompt: int, budget: int, window: int
-) -> dict[str, Make | None]:
-    expected = ExpectedAttention(budget=budget, window=window)
-    duo = duo_at_bytes(score_heads(model, [calibration]), prompt, budget)
-    return {"expected_attention": lambda _: expected, "duo_attention": lambda _: duo}
+    expected, duo = ExpectedAttention(budget=budget, window=window), duo_at_bytes(gates, prompt, budget)
+    return arms | {"expected_attention": lambda _: expected, "duo_attention": lambda _: duo}
 
 
 def _tappa(budget: int, window: int, number: int, **options: Any) -> TappaEviction:
@@ -134,28 +149,37 @@ def _byte_ratio(model: Any, cache: Any, budget: int) -> float:
     return cache.stored_bytes() / (budget * config.num_hidden_layers * per_token)
 
 
-def _recall(context: Context) -> dict[str, Any]:
-    """Right answers to key-value recall, dense and under each policy."""
+def _recall(context: Context, ready: Callable[[], Ready]) -> dict[str, Any]:
+    """Right answers to key-value recall, dense and under each policy; every few samples are a stage."""
     count, tokens, budget, window = context.choose(
-        smoke=(0, 0, 0, 0), small=(12, 384, 128, 32), full=(100, 8192, 512, 32)
+        smoke=(0, 0, 0, 0), small=(10, 384, 128, 32), full=(100, 8192, 512, 32)
     )
     score: dict[str, list[float]] = {name: [] for name in ("dense", *RECALL)}
-    if not count:
-        return {"score": score, "tokens": 0, "budget": 0}
+    for start in context.track(range(0, count, SAMPLES), "recall"):
+        numbers = range(start, min(start + SAMPLES, count))
+        ask = partial(_answers, ready, context.seed, numbers, tokens, budget, window)
+        for name, values in context.stage(f"recall-{start}", ask).items():
+            score[name] += values
+    return {"score": score, "tokens": tokens, "budget": budget}
+
+
+def _answers(
+    ready: Callable[[], Ready], seed: int, numbers: Sequence[int], tokens: int, budget: int, window: int
+) -> dict[str, list[float]]:
+    """Scores of some samples under each arm."""
     from headway.tasks.answering import answer
     from headway.tasks.recall import recall_samples
 
-    model, tokenizer, ids = host(context, 2 * tokens)
-    arms: dict[str, Make | None] = {"dense": None}
-    for name in RECALL[: -len(OTHERS)]:
-        arms[name] = partial(_tappa, budget, window, preference=name)
-    arms |= _other_arms(model, ids[:, -tokens:], tokens, budget, window)
-    samples = list(recall_samples(tokenizer, tokens, count=count, seed=context.seed))
-    for number, sample in enumerate(context.track(samples, "recall", count)):
-        for name, make in arms.items():
+    model, tokenizer = ready().model, ready().tokenizer
+    arms = _arms(ready().gates, tokens, budget, window)
+    score: dict[str, list[float]] = {name: [] for name in ("dense", *RECALL)}
+    samples = list(recall_samples(tokenizer, tokens, count=numbers[-1] + 1, seed=seed))
+    for number in numbers:
+        for name, values in score.items():
+            make = arms[name]
             with use(model, *([] if make is None else [make(number)])):
-                score[name].append(answer(model, tokenizer, sample, question_aware=True).score)
-    return {"score": score, "tokens": tokens, "budget": budget}
+                values.append(answer(model, tokenizer, samples[number], question_aware=True).score)
+    return score
 
 
 def host(context: Context, tokens: int) -> tuple[Any, Any, Int[Tensor, "1 tokens"]]:

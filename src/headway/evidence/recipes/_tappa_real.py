@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -42,18 +42,19 @@ CRITERIA = {"real-weights": _EACH, "real-logits": _EACH}
 
 def claims(context: Context) -> list[Claim]:
     """The two claims; every text is a stage."""
-    texts = context.choose(smoke=2, small=4, full=8)
+    name, texts, tokens = context.choose(
+        smoke=("tiny", 2, 192), small=("smollm2", 4, 512), full=("Qwen/Qwen2.5-7B-Instruct", 8, 8192)
+    )
+    ready = cache(partial(_host, context, name, texts * tokens))
     found = [
-        context.stage(f"real-{number}", partial(_read, context, number, texts))
+        context.stage(f"real-{number}", lambda n=number: {"model": name, **_read(*ready(), n, texts, tokens)})
         for number in context.track(range(texts), "a real model's heads")
     ]
     return [_weights_claim(context, found), _logits_claim(context, found)]
 
 
-def _read(context: Context, number: int, texts: int) -> dict[str, Any]:
+def _read(model: Any, ids: Int[Tensor, "1 tokens"], number: int, texts: int, tokens: int) -> dict[str, Any]:
     """Similarity and predictability of every head of a trained model on one text."""
-    name, tokens = context.choose(smoke=("tiny", 192), small=("smollm2", 512), full=("Qwen/Qwen2.5-7B-Instruct", 8192))
-    model, ids = _host(context, name, texts * tokens)
     patterns, steps = PatternObserver.of(model), _StepObserver()
     with observe(model, patterns, steps), torch.no_grad():
         model(input_ids=spread(ids, texts, tokens)[number, None])
@@ -68,7 +69,6 @@ def _read(context: Context, number: int, texts: int) -> dict[str, Any]:
     labels = Counter(label for site in classify(profiles) for label in site.labels)
     tightness = np.concatenate([p.vertical_bound.tightness for p in profiles])
     return {
-        "model": name,
         "tokens": tokens,
         "similarity": similarity,
         "rows": rows,

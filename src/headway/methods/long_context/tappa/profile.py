@@ -8,7 +8,7 @@ sequence, since every row measure compares neighbours. After TAPPA, arXiv 2601.2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from headway.errors import ArgumentError, unknown
 from headway.kernels.dense import normalise
 from headway.kernels.rope import Layout, channel_energies, check_frequencies, periods, unrotate
 from headway.methods.long_context.tappa.bounds import diagonal_bound, vertical_bound
+from headway.methods.long_context.tappa.calls import narrow, positions_of, up_to
 from headway.methods.long_context.tappa.predictability import RowSimilarity, row_autocorrelation
 from headway.methods.long_context.tappa.similarity import (
     PAIRS,
@@ -125,7 +126,7 @@ def profile_call(
     padded = call.padded_rows()
     profiles = []
     for index in range(call.query.shape[0]):
-        one = _narrow(call, index)
+        one = narrow(call, index)
         sequence = _Sequence(one, None if padded is None else padded[index], rotary, layout)
         profiles.append(_profile(sequence, max_rows, max_lag))
     return profiles
@@ -172,7 +173,7 @@ class _Sequence:
             self.key_rows = self.key_rows[call.forward.padding[0, : call.keys].bool()]
         self.query, self.key = call.query.float(), call.key.float()
         if frequencies is not None:
-            of_queries, of_keys = _positions(call)
+            of_queries, of_keys = positions_of(call)
             self.query = unrotate(self.query, of_queries, frequencies, layout)
             self.key = unrotate(self.key, of_keys, frequencies, layout)
 
@@ -222,7 +223,7 @@ class _HeadRows:
 def _head_rows(sequence: _Sequence, head: int, windows: list[range], max_lag: int) -> _HeadRows:
     """What the attention rows of one head say."""
     similarity = RowSimilarity(max_lag)
-    one = _narrow(sequence.call, 0, head)
+    one = narrow(sequence.call, 0, head)
     stride = max(sum(len(window) for window in windows) // AUTOCORRELATION_ROWS, 1)
     reach = _reach(one, sequence.rows, max_lag)
     curves = [np.full((0, max_lag + 1), np.nan)]
@@ -231,7 +232,7 @@ def _head_rows(sequence: _Sequence, head: int, windows: list[range], max_lag: in
         similarity.gap()
         for start in range(window.start, window.stop, WINDOW_ROWS):
             rows = sequence.rows[start : min(start + WINDOW_ROWS, window.stop)]
-            part = _up_to(one, int(rows[-1]) + 1)
+            part = up_to(one, int(rows[-1]) + 1)
             logits = part.logits(rows)
             similarity.update((part.weights(rows) if part.weighing else normalise(logits, part.sinks)[0])[0, 0])
             curves.append(_curves(logits[0, 0, ::stride], reach, max_lag))
@@ -264,7 +265,7 @@ def _add_steps(
     diagonal: _Sums,
 ) -> None:
     """Adds the single steps of consecutive rows to the sums of bounds and changes, in scaled logits."""
-    part = _up_to(one, int(rows[-1]) + 1)
+    part = up_to(one, int(rows[-1]) + 1)
     query = sequence.query[:, head : head + 1, rows]
     kv_head = head // sequence.call.groups
     key = sequence.key[:, kv_head : kv_head + 1, : part.keys]
@@ -306,61 +307,6 @@ def _similarities(measure: Any, before: Tensor, after: Tensor, groups: int) -> S
         for stage, x in zip(STAGES, (before, after), strict=True)
     }
     return Similarity(**values)
-
-
-def _narrow(call: AttentionCall, index: int, head: int | None = None) -> AttentionCall:
-    """The part of a call that belongs to one sequence, and to one of its heads where one is named."""
-
-    def part(x: Tensor | None, at: int | None) -> Tensor | None:
-        if x is None:
-            return None
-        x = x[index : index + 1] if x.shape[0] > 1 else x
-        return x if at is None or x.shape[1] == 1 else x[:, at : at + 1]
-
-    kv_head = None if head is None else head // call.groups
-    forward = call.forward
-    if head is None and forward.padding is not None:
-        forward = replace(forward, padding=part(forward.padding, None), positions=part(forward.positions, None))
-    return call.replace(
-        query=part(call.query, head),
-        key=part(call.key, kv_head),
-        value=part(call.value, kv_head),
-        mask=part(call.mask, head),
-        bias=part(call.bias, head),
-        sinks=call.sinks if call.sinks is None or head is None else call.sinks[head : head + 1],
-        forward=forward,
-    )
-
-
-def _up_to(call: AttentionCall, stop: int) -> AttentionCall:
-    """The first `stop` query rows of a causal call with the keys that they can see; other calls as they are."""
-    if not call.causal or stop == call.queries:
-        return call
-    keys = stop + call.offset
-
-    def part(x: Tensor | None) -> Tensor | None:
-        return None if x is None else (x[:, :, :stop] if x.shape[2] > 1 else x)[..., :keys]
-
-    return call.replace(
-        query=call.query[:, :, :stop],
-        key=call.key[:, :, :keys],
-        value=call.value[:, :, :keys],
-        mask=part(call.mask),
-        bias=part(call.bias),
-    )
-
-
-def _positions(call: AttentionCall) -> tuple[Int[Tensor, " queries"], Int[Tensor, " keys"]]:
-    """Positions of queries and keys; keys before this call are taken to precede it without a gap."""
-    given = call.forward.positions
-    if given is None or given.shape[-1] != call.queries:
-        every = torch.arange(call.keys, device=call.query.device)
-        return every[call.offset :], every
-    of_queries = given.reshape(-1, call.queries)[0].to(call.query.device)
-    if call.queries == call.keys:
-        return of_queries, of_queries
-    before = of_queries[0] - torch.arange(call.offset, 0, -1, device=call.query.device)
-    return of_queries, torch.cat([before, of_queries])
 
 
 def _average(items: Sequence[Any], weights: np.ndarray) -> dict[str, Any]:
