@@ -157,23 +157,23 @@ def _recall(context: Context, ready: Callable[[], Ready]) -> dict[str, Any]:
     score: dict[str, list[float]] = {name: [] for name in ("dense", *RECALL)}
     for start in context.track(range(0, count, SAMPLES), "recall"):
         numbers = range(start, min(start + SAMPLES, count))
-        ask = partial(_answers, ready, context.seed, numbers, tokens, budget, window)
+        ask = partial(_answers, ready, context.seed, count, numbers, tokens, budget, window)
         for name, values in context.stage(f"recall-{start}", ask).items():
             score[name] += values
     return {"score": score, "tokens": tokens, "budget": budget}
 
 
 def _answers(
-    ready: Callable[[], Ready], seed: int, numbers: Sequence[int], tokens: int, budget: int, window: int
+    ready: Callable[[], Ready], seed: int, count: int, numbers: Sequence[int], tokens: int, budget: int, window: int
 ) -> dict[str, list[float]]:
-    """Scores of some samples under each arm."""
+    """Scores of some of `count` samples under each arm."""
     from headway.tasks.answering import answer
     from headway.tasks.recall import recall_samples
 
     model, tokenizer = ready().model, ready().tokenizer
     arms = _arms(ready().gates, tokens, budget, window)
     score: dict[str, list[float]] = {name: [] for name in ("dense", *RECALL)}
-    samples = list(recall_samples(tokenizer, tokens, count=numbers[-1] + 1, seed=seed))
+    samples = list(recall_samples(tokenizer, tokens, count=count, seed=seed))
     for number in numbers:
         for name, values in score.items():
             make = arms[name]

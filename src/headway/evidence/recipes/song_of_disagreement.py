@@ -34,7 +34,7 @@ TOYS = (
 
 def run(context: Context) -> list[Claim]:
     seeds = [seed % 2**31 for seed in context.seeds(context.choose(smoke=1, small=2, full=3))]
-    steps, texts, masks = context.choose(smoke=(3, 2, 12), small=(1200, 12, 500), full=(3000, 500, 1000))
+    steps, texts, masks = context.choose(smoke=(3, 2, 12), small=(3000, 12, 500), full=(3000, 500, 1000))
     toys = [
         context.stage(
             f"{family}-{rule}-{i}", partial(measures.toy, family, rule, seed, steps=steps, texts=texts, masks=masks)
