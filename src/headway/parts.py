@@ -78,7 +78,10 @@ class Parts:
             sound = kept["key"] == key and kept["digest"] == _digest_of_data(kept["result"])
         except (OSError, ValueError, KeyError, TypeError):
             sound = False
-        return [kept["result"]] if sound else self._told(key, "json")
+        if not sound:
+            self._tell(key, "json")
+            return None
+        return [kept["result"]]
 
     def _read_arrays(self, key: str) -> Arrays | None:
         from safetensors import SafetensorError, safe_open
@@ -89,10 +92,13 @@ class Parts:
             with safe_open(self._path(key, "safetensors"), framework="numpy") as file:
                 marks = file.metadata() or {}
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            sound = marks.get("key") == key and marks.get("digest") == _digest_of_arrays(found)
         except (OSError, SafetensorError, ValueError):
-            return self._told(key, "safetensors")
-        sound = marks.get("key") == key and marks.get("digest") == _digest_of_arrays(found)
-        return found if sound else self._told(key, "safetensors")
+            sound = False
+        if not sound:
+            self._tell(key, "safetensors")
+            return None
+        return found
 
     def _write_arrays(self, key: str, made: Arrays) -> None:
         from safetensors.numpy import save
@@ -101,7 +107,7 @@ class Parts:
             marks = {"key": key, "digest": _digest_of_arrays(made)}
             write_atomically(self._path(key, "safetensors"), save(made, metadata=marks))
 
-    def _told(self, key: str, ending: str) -> None:
+    def _tell(self, key: str, ending: str) -> None:
         log.warning("%s is damaged, or a part of other work; it is made again.", self._path(key, ending))
 
 

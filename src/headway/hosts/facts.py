@@ -11,7 +11,7 @@ def model_facts(model: nn.Module, name: str | None = None) -> dict[str, Any]:
     """Name, class, layers, heads, key heads, dtype and number of parameters; None where the model does not
     tell."""
     host: Any = model
-    config = getattr(host, "config", None)
+    config: Any = getattr(host, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)

@@ -118,10 +118,10 @@ def answering_host(*, positions: int = 512, seed: int = 0) -> tuple[Any, Any]:
     Embeddings have a part for the word, one for its place (cosines and sines of random frequencies, which a rotation
     shifts by two places) and one for the word two places before, which the first layer fills in. The second layer
     matches a word with that part and hands on what stands there."""
-    part, heads = WIDTH, 4
-    model, tokenizer = _bare_host(positions=positions, layers=2, heads=heads, width=4 * part, seed=seed)
+    part, heads = WIDTH // HEADS, 3
+    model, tokenizer = _bare_host(positions=positions, layers=2, heads=heads, width=heads * part, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    word, place, before = (slice(i * part, (i + 1) * part) for i in range(3))
+    word, place, before = (slice(i * part, (i + 1) * part) for i in range(heads))
     frequencies = torch.pi * torch.rand(part // 2, generator=generator)
     angles = torch.arange(positions)[:, None] * frequencies
     turn = torch.zeros(part, part)
@@ -140,8 +140,8 @@ def answering_host(*, positions: int = 512, seed: int = 0) -> tuple[Any, Any]:
         ):
             inward: Any = layer.attn.c_attn.weight
             inward[ask, :part] = gain * (turn if layer is model.transformer.h[0] else eye)
-            inward[asked, 4 * part : 5 * part] = eye
-            inward[given, 8 * part : 9 * part] = eye
+            inward[asked, heads * part : (heads + 1) * part] = eye
+            inward[given, 2 * heads * part : (2 * heads + 1) * part] = eye
             outward: Any = layer.attn.c_proj.weight
             outward[:part, back] = (1.0 if back == before else SAID) * eye
     return model, tokenizer

@@ -4,6 +4,7 @@ is the model's own; finished groups of documents are kept."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from headway.methods.diagnosis import posir as method
 from headway.methods.diagnosis.posir import Encoder, PooledEncoder, Query, RetrievalSet, Scorer, TransformersEncoder
-from headway.methods.diagnosis.posir.saliency import DOCUMENT_TOKENS, Curves
+from headway.methods.diagnosis.posir.saliency import DOCUMENT_TOKENS
 from headway.parts import Parts
 from headway.progress import Tell
 from headway.statistics import bootstrap
@@ -98,7 +99,7 @@ def _curves(
         own = pairs[start : start + group]
         made = kept.arrays(
             ["saliency", encoder.identity, options.batch, own],
-            lambda own=own: _as_arrays(method.saliency(encoder, own, batch=options.batch)),
+            partial(_saliency_arrays, encoder, own, options.batch),
         )
         curves.append(made["curves"])
         read.append(made["read"])
@@ -106,5 +107,6 @@ def _curves(
     return np.concatenate(curves), np.concatenate(read)
 
 
-def _as_arrays(found: Curves) -> dict[str, np.ndarray]:
+def _saliency_arrays(encoder: Any, pairs: Any, batch: int) -> dict[str, np.ndarray]:
+    found = method.saliency(encoder, pairs, batch=batch)
     return {"curves": found.curves, "read": found.read}

@@ -156,7 +156,7 @@ def measure_answers(context: Context) -> list[dict[str, Any]]:
     """Whether the answering host names the value of a planted fact, by what it was given to read."""
     grid = context.choose(
         smoke=((400, (0.0, 1.0)), (1_600, (0.5,))),
-        small=((1_000, DEPTHS), (4_000, DEPTHS), (16_000, DEPTHS), (64_000, (0.0, 0.5, 1.0))),
+        small=((1_000, DEPTHS), (4_000, DEPTHS), (16_000, DEPTHS[::2]), (64_000, (0.0, 0.5, 1.0))),
         full=tuple((tokens, DEPTHS) for tokens in (1_000, 4_000, 16_000, 64_000, 256_000)),
     )
     model, tokenizer = answering_host()
@@ -206,7 +206,7 @@ def _majority(model: Any, tokenizer: Any, text: str, question: str) -> str:
     chunks = torch.tensor([[*ids[start : start + size], *asked] for start in starts])
     votes: Counter[int] = Counter()
     for part in chunks.split(BATCH):
-        votes.update(model(input_ids=part).logits[:, -1].argmax(-1).tolist())
+        votes.update(model(input_ids=part, logits_to_keep=1).logits[:, -1].argmax(-1).tolist())
     return str(tokenizer.decode(votes.most_common(1)[0][0]))
 
 

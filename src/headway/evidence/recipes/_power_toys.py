@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -51,7 +52,7 @@ def toys(context: Context) -> list[dict[str, Any]]:
     found = []
     for first in range(0, len(seeds), workers):
         calls = [(context.size, seed, _seeds_of(context, seed)) for seed in seeds[first : first + workers]]
-        found += context.stage(f"recall-{first}", lambda calls=calls: side_by_side(recall, calls, workers=workers))
+        found += context.stage(f"recall-{first}", partial(side_by_side, recall, calls, workers=workers))
     return found
 
 

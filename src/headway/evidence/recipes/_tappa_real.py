@@ -8,7 +8,7 @@ averaged over texts, stands beside it and has to agree, as two texts share their
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -47,10 +47,16 @@ def claims(context: Context) -> list[Claim]:
     )
     ready = cache(partial(_host, context, name, texts * tokens))
     found = [
-        context.stage(f"real-{number}", lambda n=number: {"model": name, **_read(*ready(), n, texts, tokens)})
+        context.stage(f"real-{number}", partial(_part, name, ready, number, texts, tokens))
         for number in context.track(range(texts), "a real model's heads")
     ]
     return [_weights_claim(context, found), _logits_claim(context, found)]
+
+
+def _part(
+    name: str, ready: Callable[[], tuple[Any, Int[Tensor, "1 tokens"]]], number: int, texts: int, tokens: int
+) -> dict[str, Any]:
+    return {"model": name, **_read(*ready(), number, texts, tokens)}
 
 
 def _read(model: Any, ids: Int[Tensor, "1 tokens"], number: int, texts: int, tokens: int) -> dict[str, Any]:

@@ -74,8 +74,10 @@ def run(context: Context) -> list[Claim]:
 
 def _toy_calls(context: Context) -> list[tuple[int, int, int, int]]:
     """Seed, steps, and sequences of search and report of every toy."""
-    count, *work = context.choose(smoke=(1, 100, 48, 64), small=(5, 300, 256, 1000), full=(10, 2000, 256, 1000))
-    return [(seed, *work) for seed in context.seeds(count)]
+    count, steps, search, report = context.choose(
+        smoke=(1, 100, 48, 64), small=(5, 300, 256, 1000), full=(10, 2000, 256, 1000)
+    )
+    return [(seed, steps, search, report) for seed in context.seeds(count)]
 
 
 def _choice(context: Context, together: Together, workers: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ SMOKE = Settings(
     lengths=(1200, 2400), repeats=2,
 )  # fmt: skip
 SMALL = Settings(
-    model="smollm2", context=1024, decode=64, texts=4, recorded=(1024, 2048, 4096), compared=2048, starts=12,
+    model="smollm2", context=1024, decode=64, texts=4, recorded=(1024, 2048, 4096), compared=2048, starts=16,
     drifts=8, hops=12, lengths=(8192, 16_384, 32_768), repeats=5,
 )  # fmt: skip
 FULL = Settings(
