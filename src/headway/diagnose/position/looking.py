@@ -107,6 +107,6 @@ def _curves(
     return np.concatenate(curves), np.concatenate(read)
 
 
-def _saliency_arrays(encoder: Any, pairs: Any, batch: int) -> dict[str, np.ndarray]:
+def _saliency_arrays(encoder: PooledEncoder, pairs: Sequence[tuple[str, str]], batch: int) -> dict[str, np.ndarray]:
     found = method.saliency(encoder, pairs, batch=batch)
     return {"curves": found.curves, "read": found.read}
