@@ -259,7 +259,8 @@ def _length_claim(context: Context, settings: Settings, mass: dict[int, dict[str
             held[last]["recycled"], held[first]["recycled"], paired=False, generator=context.generator("lengths")
         ),
         criterion=CRITERIA["mass-by-length"],
-        notes=f"{first:,} to {last:,} tokens, one text; 49 steps behind each full one.",
+        notes=f"{first:,} to {last:,} tokens, one text; 49 steps behind each full one. A trial with 12 full steps gave "
+        "0.08 [0.06, 0.10] and too few of them to count; their number was raised behind it, the criterion was not changed.",
         details={f"{n:,} tokens": {name: float(values.mean()) for name, values in held[n].items()} for n in held},
     )
 
