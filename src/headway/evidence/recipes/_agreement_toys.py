@@ -33,7 +33,8 @@ from headway.tasks.planted_rationale import (
 
 LAYERS, HEADS, WIDTH = 3, 4, 48
 BATCH, RATE, WARM = 64, 1e-3, 50
-#: Share of right answers over so many steps at which texts get longer, and at the end training stops.
+#: Share of right answers over so many steps at which texts get longer. At the end training stops, where other texts
+#: confirm it.
 LEARNED, SURE = 0.985, 20
 #: Words of a training text at the end, and before it.
 LENGTHS = (12, 40)
@@ -71,9 +72,10 @@ def train(classifier: Classifier, rule: str, steps: int, seed: int) -> float:
     left, right = [*SHORTER, LENGTHS], list[float]()
     for step in range(steps):
         if len(right) >= SURE and np.mean(right[-SURE:]) >= LEARNED:
-            left, right = left[1:], []
-        if not left:
-            break
+            right = []
+            if len(left) == 1 and _accuracy(classifier, rule, np.random.default_rng([seed, 3, step])) >= LEARNED:
+                break
+            left = left[1:] or left
         ids, mask, labels = pad_batch(make_texts(rule, BATCH, random, lengths=left[0]))
         for group in optimiser.param_groups:
             group["lr"] = RATE * min((step + 1) / WARM, 1.0)
@@ -84,9 +86,13 @@ def train(classifier: Classifier, rule: str, steps: int, seed: int) -> float:
         optimiser.step()
         right.append(float((found.argmax(-1) == labels).float().mean()))
     module.eval()
-    ids, mask, labels = pad_batch(make_texts(rule, CHECKED, np.random.default_rng([seed, 1]), lengths=LENGTHS))
+    return _accuracy(classifier, rule, np.random.default_rng([seed, 1]))
+
+
+def _accuracy(classifier: Classifier, rule: str, random: np.random.Generator) -> float:
+    ids, mask, labels = pad_batch(make_texts(rule, CHECKED, random, lengths=LENGTHS))
     with torch.no_grad():
-        return float((logits(ids, mask).argmax(-1) == labels).float().mean())
+        return float((_logits(classifier)(ids, mask).argmax(-1) == labels).float().mean())
 
 
 def example_of(text: PlantedText) -> Example:

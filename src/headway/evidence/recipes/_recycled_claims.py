@@ -152,7 +152,7 @@ def full_step_claim(context: Context, long: int, times: dict[str, Any], criterio
         criterion=criterion,
         notes="Output and scores come from one product of the query with the keys. With a kernel of its own for the "
         "output, and scores of its own, a full step took twice a dense one and more; the limit was set between the "
-        "two after a profile by hand (1.15 at this length, 1.75 at half of it) and before this was timed in the recipe.",
+        "two after a profile by hand (1.15 at this length, 1.75 at half of it) and before this was timed here.",
         details={"ratio by tokens": {
             tokens: float(np.median(np.divide(found["full"], found["dense"]))) for tokens, found in times.items()
         }},

@@ -260,7 +260,7 @@ def _length_claim(context: Context, settings: Settings, mass: dict[int, dict[str
         ),
         criterion=CRITERIA["mass-by-length"],
         notes=f"{first:,} to {last:,} tokens, one text; 49 steps behind each full one. A trial with 12 full steps gave "
-        "0.08 [0.06, 0.10] and too few of them to count; their number was raised behind it, the criterion was not changed.",
+        "0.08 [0.06, 0.10] and too few of them to count; their number was raised behind it, the criterion was not.",
         details={f"{n:,} tokens": {name: float(values.mean()) for name, values in held[n].items()} for n in held},
     )
 
