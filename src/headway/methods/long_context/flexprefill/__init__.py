@@ -10,10 +10,11 @@ Exact attention runs on the union, prefill only; decoding stays dense, since the
 bound by memory. Paper: FlexPrefill, arXiv 2502.20766.
 
 Where the released code slips, the corrected form is the default here: 0 · ln 0 is 0 (there a NaN that turns a head to
-vertical-slash); density counts the causal triangle; a batch of any size and left padding work. `count="blocks"` takes
-as many blocks as hold the share γ, and counts an offset that falls on two block distances for both. The code counts the
-tokens that hold γ and divides by 128 (`count="tokens"` divides by the block size): tokens that lie scattered then leave
-their mass uncovered. The sink block comes beside the chosen columns, not in place of one.
+vertical-slash); density counts the causal triangle; a batch of any size works, and left padding is never read, but
+blocks are counted from the first column, so that padding by other than whole blocks changes which keys share one.
+`count="blocks"` takes as many blocks as hold the share γ, and counts an offset that falls on two block distances for
+both. The code counts the tokens that hold γ and divides by 128 (`count="tokens"` divides by the block size): tokens
+that lie scattered then leave their mass uncovered. The sink block comes beside the chosen columns, not in place of one.
 
 Kept as options: `selection="global"` is the paper's one quota for a whole head, which lets early rows take it all
 ("row" gives each row its own), `stop="separate"` covers γ of v and of s each ("union" stops when columns and diagonals
