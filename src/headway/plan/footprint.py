@@ -107,12 +107,12 @@ def dense(layer: Layer, tokens: int) -> LayerUse:
 
 
 def streaming(stage: Any, layer: Layer, use: LayerUse, index: int, tokens: int) -> LayerUse:
-    """Sinks have their slots from the first token on; the window holds tokens that are no sinks."""
-    sinks, reach = stage.sinks, stage.reach
+    """Sinks have their slots from the first token on; the window holds tokens that are no sinks, and where the host's
+    own window is shorter no more than that."""
+    sinks = stage.sinks
+    reach = stage.reach if layer.window is None else min(stage.reach, layer.window - 1)
     window = tokens - min(max(tokens - reach, sinks), tokens)
     most = sinks + reach + 1
-    if layer.window is not None:
-        most = min(most, sinks + layer.window)
     return LayerUse(
         pairs=layer.heads * min(_capped_pairs(tokens, most), layer.pairs(tokens)),
         stored=layer.kv_heads * (sinks + window),
