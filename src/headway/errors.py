@@ -39,7 +39,10 @@ class MissingExtraError(HeadwayError, ImportError):
 
 
 def unknown(argument: str, got: object, valid: Iterable[object], *, fix: str = "") -> ArgumentError:
-    """The error for a name or index outside a known set: names the nearest match and what is valid."""
+    """The error for a name or index outside a known set: the nearest match and what is valid (a range by its ends)."""
+    if isinstance(valid, range) and valid.step == 1 and len(valid) > 1:
+        whole = f"expected a number from {valid[0]} to {valid[-1]}."
+        return ArgumentError(f"{argument}: got {got!r}, {whole}{' ' + fix if fix else ''}")
     names = [str(v) for v in valid]
     near = get_close_matches(str(got), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

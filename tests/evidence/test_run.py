@@ -243,7 +243,7 @@ class TestResume:
 
     def test_a_recipe_that_changed_since_is_refused(self, project, monkeypatch):
         folder = prove(recipe(), size="smoke", show_progress=False).folder
-        monkeypatch.setattr(run_module, "_source_digest", lambda recipe: "changed")
+        monkeypatch.setattr(run_module, "source_digest", lambda function: "changed")
         with pytest.raises(ArgumentError, match="has changed since the run began"):
             prove(recipe(), resume=folder, show_progress=False)
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from headway.door import use
 from headway.errors import ArgumentError, HeadwayError, unknown
 from headway.hosts import Text, default_text, positions_of, tokenize
 from headway.hosts.facts import model_facts, versions
+from headway.progress import Tell
 from headway.tasks.answering import chunks
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ DEFAULT_TASKS = ("perplexity", "needle")
 DEFAULT_TOKENS = 1024
 #: Two blocks of a perplexity's interval, and a few tokens.
 LEAST_TOKENS = 2 * BLOCK + 32
-Tell = Callable[[str, int, int], None]
 
 
 def compare(

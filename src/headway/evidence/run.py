@@ -9,7 +9,6 @@ evidence/<slug>.json                  the same result, recorded
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
 import socket
@@ -33,6 +32,7 @@ from headway.evidence.claims import Claim, EditedRecordError, check_name
 from headway.evidence.criteria import Verdict
 from headway.evidence.environment import environment
 from headway.evidence.recipe import SIZES, Context, Recipe, Size, load_recipe
+from headway.evidence.sources import source_digest
 from headway.files import write_atomically
 
 FORMAT = 1
@@ -213,7 +213,7 @@ def _plan(recipe: Recipe, size: Size | None, seed: int | None) -> tuple[None, di
         "size": size or "small",
         "seed": seed,
         "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "recipe_sha256": _source_digest(recipe),
+        "recipe_sha256": source_digest(recipe.run),
     }
 
 
@@ -229,7 +229,7 @@ def _continue(
     for name, value in asked.items():
         if plan[name] != value:
             raise ArgumentError(f"{name}: got {value!r}, but the run to resume has {plan[name]!r}. Leave it out.")
-    if plan["recipe_sha256"] != _source_digest(recipe):
+    if plan["recipe_sha256"] != source_digest(recipe.run):
         raise ArgumentError(
             f"resume: recipe {recipe.slug!r} has changed since the run began, so its finished stages may be of another "
             "kind. Start a new run."
@@ -308,15 +308,6 @@ def _progress(show: bool) -> Iterator[Progress]:
 def _digest(content: Mapping[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _source_digest(recipe: Recipe) -> str | None:
-    """Digest of the file that defines the recipe's function; None where there is no file (an interactive session)."""
-    try:
-        source = inspect.getsourcefile(recipe.run)
-    except TypeError:
-        return None
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source and Path(source).is_file() else None
 
 
 def _private_words() -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,10 +21,10 @@ from headway.lab.result import ArmResult, SinkLab
 from headway.lab.table import conclude
 from headway.lab.training import EVALUATION, run_arm
 from headway.pages.plain import plain
+from headway.progress import Tell
 
 log = logging.getLogger(__name__)
 
-Tell = Callable[[str, int, int], None]
 #: Raised when the meaning of a stored number changes, so that older ones are measured again.
 MEASURES = 1
 

@@ -13,6 +13,7 @@ from torch import nn
 from headway.errors import ArgumentError, unknown
 from headway.files import write_atomically
 from headway.hosts import default_text
+from headway.progress import Tell
 from headway.train.generated import TASKS, Task
 from headway.train.losses import LossFunction, model_loss, next_token_loss
 from headway.train.streams import Batch, Stream
@@ -24,7 +25,6 @@ from headway.train.tokens import HEADER, Packed, Tokens
 DEFAULT = "default"
 #: Batches of a validation pass.
 VALIDATION = 8
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from headway.lab.data import ByteSequences, Split, held_out, split_bytes
 from headway.lab.measures import measure_arm, parameters_of
 from headway.lab.result import ArmResult
 from headway.models import HeadwayConfig, HeadwayForCausalLM
+from headway.progress import Tell
 from headway.train import Batch, Loss, model_loss, train
 from headway.train.losses import scored
 from headway.train.optimizers import make_optimizer
@@ -28,7 +29,6 @@ from headway.train.sink_losses import decorrelation_loss, head_balance_loss, non
 EVALUATION = 64
 #: A checkpoint is written so often in a run.
 CHECKPOINTS = 10
-Tell = Callable[[str, int, int], None]
 
 
 def build(arm: Arm, seed: int) -> HeadwayForCausalLM:

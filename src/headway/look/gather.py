@@ -33,11 +33,9 @@ from headway.methods.sinks.secondary_sinks import (
     rescale_writes,
 )
 from headway.methods.sinks.sink_emergence import SinkMeasurement, alpha_from_received, measure_sinks
+from headway.progress import Tell, silent
 from headway.tasks.copying import ordinary_ids
 from headway.tasks.sentences import piece_offsets, sentence_spans
-
-#: Called with what is being done, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
 
 #: Sequences of 64 tokens for the sink rates; the paper takes 100, which is as many again as the default text has.
 SINK_SEQUENCES = 32
@@ -150,10 +148,10 @@ def read(
     rows: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Reading:
     """All numbers of a look. What a host cannot give (no next-token logits, no MLP to be found) becomes a note."""
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or silent
     device = next(model.parameters()).device
     ids = ids.to(device)
     tokens = ids.shape[1]
@@ -171,7 +169,7 @@ def read(
 
 
 def read_maps(
-    reading: Reading, model: nn.Module, heads: Sequence[tuple[int, int]], progress: Progress | None = None
+    reading: Reading, model: nn.Module, heads: Sequence[tuple[int, int]], progress: Tell | None = None
 ) -> None:
     """Draws the maps of some (layer, head) pairs, by one more forward."""
     if not heads:
@@ -206,7 +204,7 @@ def _read_text(
     pieces: list[str],
     sample: RowSample | None,
     layers: Sequence[int] | None,
-    tell: Progress,
+    tell: Tell,
 ) -> Reading:
     """One forward over the text with every observer that needs no task of its own."""
     start = time.perf_counter()
@@ -260,7 +258,7 @@ def main_stack(sites: Sequence[Site]) -> tuple[list[Site], str]:
 class _Ticker(Observer):
     """Tells the progress of one forward by the sites it has passed."""
 
-    def __init__(self, tell: Progress) -> None:
+    def __init__(self, tell: Tell) -> None:
         self.tell = tell
         self.total = 0
         self.start()
@@ -273,7 +271,7 @@ class _Ticker(Observer):
         self.tell("reading the text", self.done, max(self.total, self.done))
 
 
-def _read_sinks(reading: Reading, model: nn.Module, tokenizer: Any, tell: Progress) -> None:
+def _read_sinks(reading: Reading, model: nn.Module, tokenizer: Any, tell: Tell) -> None:
     ids = reading.ids
     count = min(ids.shape[1] // SINK_LENGTH, SINK_SEQUENCES)
     length = SINK_LENGTH if count else None
@@ -292,7 +290,7 @@ def _read_sinks(reading: Reading, model: nn.Module, tokenizer: Any, tell: Progre
     )
 
 
-def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
+def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Tell) -> None:
     """The analysis in the primary's own range and, where that has no secondary sinks, in the further ranges in which
     the primary is massive; one forward serves all of them."""
     received = [None if r is None else r.mean(0) for r in reading.received]
@@ -317,7 +315,7 @@ def _read_secondary(reading: Reading, model: nn.Module, ids: Tensor, tell: Progr
     _try_norms(reading, model, ids[:, :INTERVENTION_TOKENS], tell)
 
 
-def _try_norms(reading: Reading, model: nn.Module, ids: Tensor, tell: Progress) -> None:
+def _try_norms(reading: Reading, model: nn.Module, ids: Tensor, tell: Tell) -> None:
     """The norm intervention at the layer that writes most secondary sinks along the primary's direction."""
     found = reading.telling
     if found is None or found.primary is None or not found.origins:
@@ -360,7 +358,7 @@ def _intervene(
     return {"norm": norm, "score": float(score), "lifetime": lifetime, "tokens": len(positions)}
 
 
-def _read_roles(reading: Reading, model: nn.Module, tokenizer: Any, seed: int, tell: Progress) -> None:
+def _read_roles(reading: Reading, model: nn.Module, tokenizer: Any, seed: int, tell: Tell) -> None:
     reading.retrieval = measure_retrieval(
         model, tokenizer, seed=seed, progress=lambda done, total: tell("copy task", done, total)
     )

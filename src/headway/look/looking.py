@@ -15,9 +15,10 @@ from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError, unknown
 from headway.hosts import Text, default_text, positions_of, tokenize
 from headway.look import summary
-from headway.look.gather import Progress, Reading, main_stack, read, read_maps
+from headway.look.gather import Reading, main_stack, read, read_maps
 from headway.look.maps import choose_heads
 from headway.look.result import HeadMetric, Look
+from headway.progress import Tell
 
 #: Tokens of an ordinary look.
 DEFAULT_TOKENS = 2048
@@ -37,7 +38,7 @@ def look(
     seed: int = 0,
     name: str | None = None,
     allow_longer: bool = False,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Look:
     """What every attention head of a text model does on the first `tokens` tokens of a text.
 

@@ -18,7 +18,7 @@ from headway.errors import ArgumentError, unknown
 from headway.hosts.facts import model_facts, versions
 from headway.methods.diagnosis.attention_influence import FLOOR
 from headway.methods.diagnosis.attention_influence.detection import HeadScores
-from headway.progress import Tell
+from headway.progress import Tell, silent
 from headway.select.choosing import check_share, choose
 from headway.select.conclusions import conclude, correlations
 from headway.select.controls import measure_controls
@@ -70,7 +70,7 @@ def select(
     write: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    progress: Tell = lambda what, done, total: None,
+    progress: Tell = silent,
 ) -> CorpusSelection:
     """Scores every text of a corpus by how much masking a model's retrieval heads raises its loss, and keeps the top
     `share` of every domain.
@@ -212,7 +212,7 @@ def score_all(
     threads: int | None = None,
     address: str | None = None,
     gpus: float = 0,
-    progress: Tell = lambda what, done, total: None,
+    progress: Tell = silent,
 ) -> None:
     """Fills the ledger. `scorer` is one that is built already, for the local engine; `gpus` are those of a worker."""
     sizes = plan.sizes()

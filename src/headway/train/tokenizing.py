@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from headway.errors import ArgumentError, HostError, unknown
 from headway.files import write_atomically
+from headway.progress import Tell, silent
 from headway.train.tokenizers import Encoder
 from headway.train.tokens import FORMAT, HEADER, Tokens, array_bytes
 
@@ -45,7 +46,7 @@ def tokenize_folder(
     field: str = "text",
     separator: int | None = None,
     shard_tokens: int = SHARD,
-    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tell: Tell = silent,
 ) -> Tokens:
     """Tokenizes the texts of a folder (or one file) into `out`, and opens the result.
 

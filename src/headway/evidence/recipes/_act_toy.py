@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headway.door.call import AttentionCall, Site
 from headway.door.stages import Editor
+from headway.evidence.recipes._toy_decoder import fit, small_llama
 
 FIRST, MARKER = 0, 1
 KEYS, VALUES = 6, 8
@@ -53,29 +54,19 @@ def recall_batch(count: int, generator: torch.Generator) -> Recall:
     return Recall(torch.cat([*columns, ASK + asked], 1), ANSWER + values.gather(1, asked))
 
 
-def train_recall(steps: int, generator: torch.Generator) -> nn.Module:
+def train_recall(steps: int, generator: torch.Generator) -> Any:
     """A decoder trained on fresh sequences; AdamW with a rate that falls to zero."""
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2 * LENGTH, bos_token_id=FIRST,
-        eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        model: Any = LlamaForCausalLM(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=max(steps, 2), pct_start=0.1)
-    for _ in range(steps):
+    def loss(model: Any) -> Tensor:
         batch = recall_batch(BATCH, generator)
-        logits = model(input_ids=batch.ids, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[:, -QUESTIONS:].flatten(0, 1), batch.answers.flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return model.eval()
+        logits = model(input_ids=batch.ids, use_cache=False).logits[:, -QUESTIONS:]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
+
+    model = small_llama(
+        vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, positions=2 * LENGTH, generator=generator,
+        first=FIRST,
+    )  # fmt: skip
+    return fit(model, loss, steps=steps, rate=RATE)
 
 
 @torch.no_grad()

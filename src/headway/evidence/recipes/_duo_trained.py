@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headway.door import use
+from headway.evidence.recipes._toy_decoder import fit, small_llama
 from headway.methods.long_context.duo_attention import DuoAttention, GateSample, learn_gates
 
 KEYS, VALUES, FILLERS = 6, 8, 8
@@ -68,30 +69,20 @@ def recall_batch(count: int, generator: torch.Generator) -> Recall:
     )
 
 
-def trained(steps: int, generator: torch.Generator) -> nn.Module:
+def trained(steps: int, generator: torch.Generator) -> Any:
     """A decoder trained on fresh sequences; the loss is that of answers plus that of filler."""
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=2 * LENGTH, bos_token_id=0,
-        eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        model: Any = LlamaForCausalLM(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=max(steps, 2), pct_start=0.1)
-    for _ in range(steps):
+    def loss(model: Any) -> Tensor:
         batch = recall_batch(BATCH, generator)
         logits = model(input_ids=batch.ids, use_cache=False).logits
-        loss = nn.functional.cross_entropy(_answers(logits, batch).flatten(0, 1), batch.answers.flatten())
-        loss = loss + nn.functional.cross_entropy(logits[batch.ruled], batch.ids.roll(-1, 1)[batch.ruled])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return model.eval()
+        answers = nn.functional.cross_entropy(_answers(logits, batch).flatten(0, 1), batch.answers.flatten())
+        return answers + nn.functional.cross_entropy(logits[batch.ruled], batch.ids.roll(-1, 1)[batch.ruled])
+
+    model = small_llama(
+        vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, positions=2 * LENGTH, generator=generator,
+        first=0,
+    )  # fmt: skip
+    return fit(model, loss, steps=steps, rate=RATE)
 
 
 def run(seed: int, steps: int, gate_steps: int, count: int) -> dict[str, Any]:

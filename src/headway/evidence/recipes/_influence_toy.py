@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from headway.door import UniformHeads, use
+from headway.evidence.recipes._toy_decoder import fit, small_llama
 from headway.tasks.copying import CopySample
 
 KEYS, VALUES, SYMBOLS = 6, 8, 16
@@ -90,34 +93,26 @@ def documents(kind: str, count: int, generator: torch.Generator) -> Int[Tensor, 
 
 def trained(steps: int, generator: torch.Generator, *, width: int = WIDTH, corpus: Tensor | None = None) -> Any:
     """A decoder trained on fresh records and other texts, or on batches drawn from a corpus."""
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=8 * LENGTH, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        model: Any = LlamaForCausalLM(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    fall = max(int(0.3 * steps), 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / WARM, (steps - step) / fall, 1.0)
-    )
-    for _ in range(steps):
+    def loss(model: Any) -> Tensor:
         if corpus is None:
             others = [documents(kind, OTHERS // 3, generator) for kind in KINDS[1:]]
             ids = torch.cat([records(RECORDS, generator), *others])
         else:
             ids = corpus[torch.randint(len(corpus), (RECORDS + OTHERS,), generator=generator)]
         weight = _weights(ids)
-        loss = (token_losses(model, ids) * weight[:, 1:]).sum() / weight[:, 1:].sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return model.eval()
+        return (token_losses(model, ids) * weight[:, 1:]).sum() / weight[:, 1:].sum()
+
+    model = small_llama(
+        vocabulary=VOCABULARY, width=width, layers=LAYERS, heads=HEADS, positions=8 * LENGTH, generator=generator
+    )
+    return fit(model, loss, steps=steps, rate=RATE, schedule=_warm_and_fall)
+
+
+def _warm_and_fall(optimiser: Optimizer, rate: float, steps: int) -> LRScheduler:
+    """A rate that rises for `WARM` steps, stays, and falls to zero over the last 30 %."""
+    fall = max(int(0.3 * steps), 1)
+    return LambdaLR(optimiser, lambda step: min((step + 1) / WARM, (steps - step) / fall, 1.0))
 
 
 def _weights(ids: Int[Tensor, "count tokens"]) -> Float[Tensor, "count tokens"]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from headway.errors import ArgumentError, HeadwayError, unknown
 from headway.files import write_atomically
-from headway.progress import Tell
+from headway.progress import Tell, silent
 from headway.select.duplicates import MODES, exact_copies, near_copies, signature, text_hash
 from headway.select.records import BadRow, Reading, Source, rows_of
 from headway.select.replacing import replaced
@@ -84,7 +84,7 @@ def make_plan(
     *,
     bad_rows: str = "refuse",
     dedup: str = "exact",
-    tell: Tell = lambda what, done, total: None,
+    tell: Tell = silent,
 ) -> Plan:
     """Walks through the corpus and writes the plan into a folder inside `folder`; finds it there when nothing changed
     (names, sizes and times of the files, and the reading).
