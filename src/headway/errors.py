@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from math import isfinite
+from numbers import Integral, Real
+from typing import TypeGuard
 
 
 class HeadwayError(Exception):
@@ -48,6 +51,26 @@ def unknown(argument: str, got: object, valid: Iterable[object], *, fix: str = "
     hint = f" Did you mean {near[0]!r}?" if near else ""
     shown = ", ".join(names[:24]) + (", …" if len(names) > 24 else "")
     return ArgumentError(f"{argument}: got {got!r}, expected one of {shown}.{hint}{' ' + fix if fix else ''}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return isinstance(value, Integral) or isfinite(value)
+
+
+def check_whole(name: str, value: object, least: int, *, optional: bool = False) -> None:
+    """ArgumentError unless a value is a whole number of at least `least`, or None where that is `optional`."""
+    if (value is None and optional) or (
+        isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    ):
+        return
+    near = max(int(value), least) if is_number(value) else least
+    raise ArgumentError(
+        f"{name}: got {value!r}, expected a whole number of at least {least}{', or None' if optional else ''}. "
+        f"Pass {name}={near}, say."
+    )
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from dataclasses import replace
+from statistics import median
 
 import pytest
 from rich.console import Console
@@ -52,6 +55,43 @@ def test_the_table_has_dense_first_and_a_refused_row_with_its_reason(page):
     assert "refused: got 3 heads, expected 4" in table
     assert table.count("<tr") == 1 + 4
     assert table.count("use this") == 1
+
+
+def test_the_table_tells_the_costs_of_each_row_as_the_json_has_them(comparison, page):
+    """Seconds of prefill, milliseconds per token, KV bytes and both densities, on the page and in the terminal."""
+    rows = [row for row in table_rows(page) if len(row) > 3][1:]
+    out = io.StringIO()
+    summarise(comparison, Console(file=out, width=200))
+    lines = out.getvalue().splitlines()
+    points = [point for point in json.loads(comparison.to_json())["points"] if point["timing"]]
+    assert (
+        [row[0].removesuffix("use this") for row in rows]
+        == [point["method"] for point in points]
+        == ["dense", "a", "a"]
+    )
+    for row, point in zip(rows, points, strict=True):
+        prefill, decode = (median(point["timing"][name]) for name in ("prefill", "decode"))
+        density = point["density"]
+        shown = (
+            number(prefill), number(1e3 * decode), number(point["cache_bytes"] / 1e6),
+            f"{number(density['prefill'], 2)}, {number(density['decode'], 2)}",
+        )  # fmt: skip
+        ratios = ("", "", "", "")
+        if point["method"] != "dense":
+            ratios = (*(f"{number(point['costs'][name], 2)}×" for name in ("prefill", "decode", "memory")), "")
+        assert row[-4:] == [f"{value}{ratio}" for value, ratio in zip(shown, ratios, strict=True)]
+        cells = [f"{value} ({ratio})" if ratio else value for value, ratio in zip(shown, ratios, strict=True)]
+        assert sum(re.sub(r"\s+", " ", line).strip().endswith(" ".join(cells)) for line in lines) == 1
+    assert len({row[-4] for row in rows}) == len({row[-2] for row in rows}) == 3
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """The text of the cells of the table of points, row by row."""
+    table = page[page.index('<table class="points">') : page.index('<table class="ran">')]
+    return [
+        ["".join(Page(cell).text.split("\n")).strip() for cell in re.findall(r"<t[hd]\b.*?</t[hd]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr\b.*?</tr>", table, re.DOTALL)
+    ]
 
 
 def test_the_payload_holds_the_numbers_and_the_frontier_of_every_pair_of_axes(comparison):

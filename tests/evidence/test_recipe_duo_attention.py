@@ -13,7 +13,7 @@ from headway.evidence.recipes import _planted_retrieval as planted
 from headway.evidence.recipes import duo_attention as recipe
 from headway.evidence.recipes._duo_decode import decode_claims
 from headway.evidence.recipes._duo_real import SETTINGS, needles
-from headway.evidence.recipes._duo_toy import TOY
+from headway.evidence.recipes._duo_toy import TOY, toy_run
 from headway.evidence.recipes._duo_toy_claims import planted_heads_claim, trained_claims
 from headway.evidence.recipes.duo_attention import CRITERIA
 from headway.methods.long_context.duo_attention import DuoAttention
@@ -109,6 +109,13 @@ def test_trained_toys_with_wrong_gates_are_caught(smoke, tmp_path):
     for unlearned in ({"full": 0.9}, {"none": 0.4}):
         found = trained_claims(context, [toy | unlearned] * 4)
         assert [one.verdict for one in found] == ["inconclusive"] * 3
+
+
+def test_random_heads_answer_between_learned_and_inverted_ones():
+    """Three random choices of three heads hit some of the three that retrieve; inverted gates hit none."""
+    found = toy_run(0, 20, 8)
+    assert found["full"] == found["learned"] == 1
+    assert found["inverted"] + 0.1 < found["random"] < found["learned"] - 0.1
 
 
 def test_lookups_of_the_trained_toy_are_out_of_reach_and_have_one_answer():

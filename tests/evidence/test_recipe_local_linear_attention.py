@@ -9,6 +9,7 @@ from headway.evidence import prove
 from headway.evidence.recipes import _local_linear_solver as solver
 from headway.evidence.recipes import _local_linear_trained as toys
 from headway.evidence.recipes import local_linear_attention as recipe
+from headway.evidence.recipes._peak_bytes import PeakBytes
 from headway.evidence.recipes.local_linear_attention import CRITERIA
 
 
@@ -47,7 +48,7 @@ def test_memory_is_linear_against_quadratic(smoke):
 
 
 def test_the_peak_counts_what_is_alive_at_one_time():
-    with solver._Peak() as peak:
+    with PeakBytes() as peak:
         first = torch.zeros(1000)
         del first
         second = torch.zeros(1500)

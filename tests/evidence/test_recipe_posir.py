@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from headway.evidence import prove
+from headway.evidence.recipes import _posir_claims as claims
 from headway.evidence.recipes import _posir_toy as toy
 from headway.evidence.recipes import posir as recipe
 from headway.methods.diagnosis.posir import evaluate, from_corpus
@@ -31,6 +32,34 @@ def test_what_is_exact_holds_at_any_size(smoke):
     assert claim(smoke, "even-words-are-flat").others["moved"].value < 1e-9
     assert claim(smoke, "minilm-moved-answers").others["bm25"].value < 1e-9
     assert claim(smoke, "cut-is-recovered").others["behind"].value < 0.1
+
+
+def words_measured(chance):
+    """Planted encoders whose raw index grows with the decay; `chance` is what the null gives at each decay."""
+
+    def one(decay):
+        value = 0.2 + 0.1 * abs(decay)
+        beside = {"value": value, "null_mean": chance[abs(decay)], "p_value": 0.001}
+        slope = {"value": -float(np.sign(decay)), "p_value": 0.001 if decay else 0.8}
+        return {"psi": beside, "linear": beside, "wide": beside, "slope": slope, "mean": 0.6, "ndcg": 0.6}
+
+    decays = {f"decay {sign * decay:g}": sign * decay for sign in (1, -1) for decay in recipe.DECAYS}
+    encoders = {"even": 0.0, "cut": 0.0, "bm25": 0.0, **decays}
+    empty = {"buckets": [None] * 4, "behind": [], "reading": []}
+    return {"encoders": {name: {"overall": one(decay), **empty} for name, decay in encoders.items()}, "moved": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("chance", "verdict"),
+    [({0: 0.1, 1.5: 0.1, 3.0: 0.1, 6.0: 0.1}, "holds"), ({0: 0.1, 1.5: 0.1, 3.0: 0.2, 6.0: 0.7}, "fails")],
+)
+def test_planted_directions_are_judged_by_the_index_beyond_chance(chance, verdict):
+    made = claims.words_claims(words_measured(chance))
+    found = next(one for one in made if one.id == "directions-are-recovered")
+    assert found.measured.value == 1
+    assert found.others["order_with_chance"].value == 1
+    assert (found.others["order"].value == 1) is (verdict == "holds")
+    assert found.verdict == verdict
 
 
 def test_an_untrained_toy_says_nothing(smoke):

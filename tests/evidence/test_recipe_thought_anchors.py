@@ -11,9 +11,12 @@ import torch
 import headway
 from headway.evidence import NotRunnableError, load_recipe, prove
 from headway.evidence.recipes import _anchors_choice as choice
+from headway.evidence.recipes import _anchors_measures as measures
 from headway.evidence.recipes import _anchors_scripted as scripted
 from headway.evidence.recipes import _anchors_toy as toy
 from headway.evidence.recipes import thought_anchors as recipe
+from headway.evidence.recipes._peak_bytes import PeakBytes
+from headway.kernels import reductions
 from headway.methods.diagnosis.thought_anchors import Prefix, edge_auroc, edge_marks, nearness, suppression_matrix
 
 
@@ -35,13 +38,36 @@ def test_what_is_exact_holds_at_any_size(smoke):
     prefix = claim(smoke, "shared-prefix").others
     assert prefix["apart"].value < 1e-4
     assert prefix["forwards_above_bar"].value == 0
-    assert claim(smoke, "streamed-means").verdict == "holds"
+    assert claim(smoke, "streamed-means").measured.value < 1e-5
     assert claim(smoke, "hiding-sees-through-idle-attention").others["moved"].value < 1e-4
 
 
 def test_an_untrained_toy_says_nothing(smoke):
     for name in ("hiding-finds-the-graph", "mode-broadcasts", "branch-ranks-first", "kurtosis-is-reliable"):
         assert claim(smoke, name).verdict == "inconclusive"
+
+
+def test_block_means_hold_less_where_maps_are_larger_than_blocks(monkeypatch):
+    model = toy.decoder(0).eval()
+    ids = torch.cat([toy.draw_ids(1, np.random.default_rng(i)) for i in range(3)], 1)
+    whole = measures.block_means(model, ids, 7)
+    monkeypatch.setattr(reductions, "BLOCK_ELEMENTS", 20_000)
+    found = measures.block_means(model, ids, 7)
+    maps = toy.LAYERS * toy.HEADS * ids.shape[1] ** 2 * 4
+    assert found["apart"] < 1e-5
+    assert found["whole"] > maps, "whole maps of all layers are held at once"
+    assert found["streamed"] < 0.5 * found["whole"]
+    assert found["streamed"] < whole["streamed"]
+
+
+def test_weights_do_not_count_as_held():
+    weights = torch.ones(1000)
+    with PeakBytes([weights]) as peak:
+        made = weights.view(10, 100) * 2
+    assert peak.highest == made.numel() * 4
+    with PeakBytes() as peak:
+        made = weights.view(10, 100) * 2
+    assert peak.highest == 2 * made.numel() * 4
 
 
 def test_a_trace_names_its_edges_and_its_distractors():

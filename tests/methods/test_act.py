@@ -363,7 +363,7 @@ class TestStage:
         model = CAUSAL["llama"]()
         with pytest.raises(ArgumentError, match=r"head.*got 4"):
             headway.use(model, ACT(heads=[(0, 4)])).attach()
-        with pytest.raises(ArgumentError, match=r"layer: got 3, expected one of 0, 1, 2"):
+        with pytest.raises(ArgumentError, match=r"layer: got 3, expected a number from 0 to 2"):
             headway.use(model, ACT(heads=[(3, 0)])).attach()
         for options, match in (
             ({"scope": "row"}, "scope"),

@@ -12,6 +12,7 @@ from tests.contracts import cache_policy as contract
 from tests.door.hosts import CAUSAL, decoder
 
 import headway
+from headway.errors import ArgumentError, InterceptionError
 from headway.methods.sinks.act import (
     ACT,
     BETA,
@@ -120,6 +121,67 @@ def test_the_report_tells_which_sites_computed_explicit_weights():
     with headway.use(model, ACT(heads=[(1, 2)], **LOW)) as handle, torch.no_grad():
         model(input_ids=ids)
     assert [(row["layer"], row["paths"]) for row in handle.report()] == [(1, {"edited": 1})]
+
+
+def test_attention_that_never_asks_the_registry_is_refused():
+    """Falcon computes its own: the door never sees its weights, and a scope that was forced would calibrate nothing."""
+    import transformers as tf
+
+    falcon = tf.FalconForCausalLM(
+        tf.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=90)
+    ).eval()
+    with pytest.raises(InterceptionError, match="hard-coded attention"):
+        headway.use(falcon, ACT(heads=[(0, 1)])).attach()
+    ids = contract.tokens(1, 12)
+    forced = headway.use(falcon, ACT(heads=[(0, 1)]), selftest=False)
+    with torch.no_grad(), forced, pytest.raises(InterceptionError, match="no attention passed the door"):
+        falcon(input_ids=ids)
+
+
+def test_an_attention_function_put_in_inside_a_scope_is_refused():
+    """A forward past the door would be the uncalibrated one, and look like a result."""
+    model, ids = CAUSAL["llama"](), contract.tokens(1, 20)
+    with headway.use(model, ACT(heads=EVERY, **LOW)), torch.no_grad():
+        calibrated = model(input_ids=ids).logits
+        model.config._attn_implementation_internal = "sdpa"
+        with pytest.raises(InterceptionError, match="no attention passed the door"):
+            model(input_ids=ids)
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids).logits, calibrated, atol=1e-3)
+
+
+def test_an_attention_function_of_ones_own_that_weighs_otherwise_is_refused():
+    from transformers.modeling_utils import AttentionInterface
+
+    def halved(module, query, key, value, attention_mask, **options):
+        output, weights = AttentionInterface._global_mapping["sdpa"](
+            module, query, key, value, attention_mask, **options
+        )
+        return output / 2, weights
+
+    AttentionInterface.register("halved", halved)
+    try:
+        with pytest.raises(InterceptionError, match="does not reproduce"):
+            headway.use(decoder("Llama", attn_implementation="halved"), ACT(heads=EVERY)).attach()
+    finally:
+        AttentionInterface._global_mapping.pop("halved")
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ([(3, 0)], "layer: got 3, expected a number from 0 to 2"),
+        ([(0, 4)], r"heads: got 4 at .*, expected query heads 0\.\.3"),
+    ],
+)
+def test_a_layer_or_head_that_is_not_there_is_told_the_ends_of_the_range(heads, message):
+    with pytest.raises(ArgumentError, match=message):
+        headway.use(CAUSAL["llama"](), ACT(heads=heads)).attach()
+
+
+def test_layers_with_a_gap_are_listed():
+    with pytest.raises(ArgumentError, match="layer: got 1, expected one of 0, 2"):
+        headway.use(CAUSAL["llama"](), ACT(heads=[(1, 0)]), layers=[0, 2]).attach()
 
 
 def test_assisted_decoding_is_refused_and_a_static_cache_works():

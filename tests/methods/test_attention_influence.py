@@ -117,6 +117,21 @@ def test_long_texts_are_cut_into_chunks_and_no_token_counts_twice(model):
     assert found.base_loss == pytest.approx(total / 23, rel=1e-5)
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (1, 2, 0)])
+def test_a_score_does_not_depend_on_the_order_of_whole_chunks(model, order):
+    scorer = InfluenceScorer(model, Letters(), HEADS, context=10, floor=0)
+    parts = ["abcdefghij", "0123456789", "KLMNOPQRST"]
+    moved = "".join(parts[i] for i in order)
+    assert scorer.chunks(moved) == [scorer.chunks("".join(parts))[i] for i in order]
+    straight, mixed = scorer.score(["".join(parts), moved])
+    assert mixed.tokens == straight.tokens == 27
+    assert mixed.base_loss == pytest.approx(straight.base_loss, rel=1e-6)
+    assert mixed.masked_loss == pytest.approx(straight.masked_loss, rel=1e-6)
+    assert mixed.influence == pytest.approx(straight.influence, abs=1e-6)
+    whole = InfluenceScorer(model, Letters(), HEADS, floor=0)
+    assert whole.score([moved])[0].base_loss != pytest.approx(whole.score(["".join(parts)])[0].base_loss, rel=1e-4)
+
+
 def test_a_text_can_be_looked_at_token_by_token(model):
     scorer = InfluenceScorer(model, Letters(bos=1), HEADS, context=10, floor=0)
     found, score = scorer.inspect("abcdefghijklmnopqrs"), scorer.score(["abcdefghijklmnopqrs"])[0]

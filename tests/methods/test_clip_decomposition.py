@@ -78,17 +78,28 @@ def test_the_sum_holds_after_pruning_too(model, batch):
 
 def test_a_gate_in_the_last_layer_changes_its_own_head_alone(model, batch):
     before, after = decompose(tower(model), batch), decompose(tower(model), batch, gates={(3, 5): 0.0})
-    scale = embedding(model, batch).norm(dim=-1)
 
-    def written(found, length):
-        return found.heads * length.view(-1, 1, 1, 1)
+    def apart(found):
+        """What heads wrote beyond head (0, 0): their shares of the mean and of the bias, which are alike, fall out."""
+        return found.heads - found.heads[:, :1, :1]
 
-    with pruned(tower(model), [(3, 5)]):
-        gated = embedding(model, batch).norm(dim=-1)
-    change = (written(after, gated) - written(before, scale)).norm(dim=-1).amax(0)
-    assert change.argmax() == 3 * 8 + 5
-    earlier = decompose(tower(model), batch, gates={(2, 5): 0.0})
-    assert (earlier.heads[:, 3] - before.heads[:, 3]).abs().max() > 1e-6
+    def moved(gated, *, head):
+        """How far each head moved, but for one factor for each image: the deviation and the length of the embedding."""
+        old, new = apart(before), apart(gated)
+        others = torch.ones(4, 8, 1)
+        others[head] = 0
+        factor = (others * old * new).sum((1, 2, 3)) / (others * old * old).sum((1, 2, 3))
+        return (new - factor.view(-1, 1, 1, 1) * old).norm(dim=-1).amax(0)
+
+    change = moved(after, head=(3, 5))
+    own = change[3, 5].clone()
+    change[3, 5] = 0
+    assert own > 1e-2
+    assert change.max() < 1e-5
+    earlier = moved(decompose(tower(model), batch, gates={(2, 5): 0.0}), head=(2, 5))
+    assert earlier[3].max() > 1e-4, "a later layer reads what an earlier one wrote"
+    earlier[2, 5] = 0
+    assert earlier[:3].max() < earlier[3].max()
 
 
 def test_gate_one_is_bit_identical_and_gate_zero_equals_zeroed_columns(model, batch):

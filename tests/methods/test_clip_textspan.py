@@ -66,7 +66,11 @@ def test_texts_inside_the_span_win_over_texts_beside_it(generator):
 
 def test_the_rank_is_cut_to_images_and_head_dimension_with_a_note(generator):
     x, bank = made(generator, images=5, rank=20)
-    assert text_span(x, bank, texts=2).rank == 5
+    few = text_span(x, bank, texts=2)
+    assert few.rank == 5
+    assert "rank 80 cut to 5: 5 images" in few.note
+    assert "rank 6 cut to 5: 5 images" in text_span(x, bank, texts=2, rank=6).note
+    assert text_span(x, bank, texts=2, rank=5).note == ""
     cut = text_span(x, bank, texts=2, head_dim=3)
     assert cut.rank == 3
     assert "cut to 3" in cut.note

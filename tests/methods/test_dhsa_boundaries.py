@@ -176,8 +176,8 @@ class TestSources:
         ("make", "message"),
         [
             (lambda: Fixed(size=0), "size: got 0"),
-            (lambda: Similarity(apart=-1), "apart, chunk_tokens, window: got -1"),
-            (lambda: Oracle(chunk_tokens=0), "apart, chunk_tokens, window: got 8, 0"),
+            (lambda: Similarity(apart=-1), "apart: got -1"),
+            (lambda: Oracle(chunk_tokens=0), "chunk_tokens: got 0"),
         ],
     )
     def test_bad_options_are_named(self, make, message):

@@ -88,7 +88,8 @@ def cached(model, policy, ids):
 @pytest.mark.parametrize("prefill", PREFILL)
 def test_no_streaming_head_is_dense(name, prefill):
     model = CAUSAL[name]()
-    contract.check_equals_dense(model, lambda: mixed(model, sparsity=0.0, prefill=prefill))
+    limit = 1e-5 if name == "llama" else 1e-4
+    contract.check_equals_dense(model, lambda: mixed(model, sparsity=0.0, prefill=prefill), atol=limit)
 
 
 @pytest.mark.parametrize("prefill", PREFILL)
@@ -104,7 +105,8 @@ def test_no_streaming_head_leaves_the_first_forward_to_the_host(prefill):
 @pytest.mark.parametrize("name", HOSTS)
 def test_sinks_and_recent_tokens_that_cover_the_text_are_dense(name):
     model = CAUSAL[name]()
-    contract.check_equals_dense(model, lambda: mixed(model, sparsity=1.0, sinks=5, recent=15))
+    limit = 1e-5 if name == "llama" else 1e-4
+    contract.check_equals_dense(model, lambda: mixed(model, sparsity=1.0, sinks=5, recent=15), atol=limit)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -420,8 +422,8 @@ def test_bad_numbers_are_refused():
         ({"sparsity": 0.5, "threshold": 0.5}, "got both"),
         ({"sparsity": 1.2}, "sparsity: got 1.2"),
         ({"sparsity": -0.1}, "sparsity: got -0.1"),
-        ({"sparsity": 0.5, "recent": 0}, "recent ≥ 1"),
-        ({"sparsity": 0.5, "sinks": -1}, "sinks ≥ 0"),
+        ({"sparsity": 0.5, "recent": 0}, "recent: got 0"),
+        ({"sparsity": 0.5, "sinks": -1}, "sinks: got -1"),
         ({"sparsity": 0.5, "prefill": "chunked"}, "prefill"),
         ({"sparsity": 0.5, "reserve": -1}, "reserve: got -1"),
     ]:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tests.contracts.methods import same, snapshot
 from tests.door.hosts import CAUSAL, decoder, t5
 from transformers import GenerationConfig
 
@@ -226,12 +227,25 @@ def test_no_pass_and_no_answer_exceeds_the_models_positions():
     assert len(found.prompt_ids) + 20 <= 256
 
 
-def test_as_many_forwards_as_chunks_and_one_answer():
+def test_as_many_forwards_as_chunks_and_one_answer(monkeypatch):
+    """Behind the passes one `generate`: a forward over the kept prompt, and one for each token after the first."""
     hidden = planted()
+    answers, plain = [], MODEL.generate
+    monkeypatch.setattr(MODEL, "generate", lambda *a, **options: answers.append(a) or plain(*a, **options))
     find(hidden.text, hidden.question)
     with Counting(MODEL) as count:
         found = find(hidden.text, hidden.question)
         assert count.calls == len(found.passes)
+    assert not answers
+    with Counting(MODEL) as count:
+        said = answer(
+            MODEL, TOKENIZER, hidden.text, hidden.question, settings=SMALL, template=TEMPLATE, max_new_tokens=4
+        )
+    assert said.retrieval == found
+    assert len(answers) == 1
+    prompt = len(found.prompt_ids)
+    assert count.lengths[len(found.passes) :] == [prompt, 1, 1, 1]
+    assert len(said.ids) == 4
 
 
 def test_a_short_text_keeps_the_ordinary_prompt():
@@ -250,9 +264,23 @@ def test_a_stream_is_read_like_the_text():
 
 def test_two_runs_give_the_same_and_change_nothing_of_the_callers():
     hidden = planted(seed=6)
-    chosen = dataclasses.replace(SMALL)
-    assert find(hidden.text, hidden.question, chosen) == find(hidden.text, hidden.question, chosen)
-    assert chosen == SMALL
+    parts, layers, heads = [hidden.text[:900], hidden.text[900:]], [0, 1], [[1, 0]]
+    chosen = Settings(window=100, budget=60, topk=12, layer=layers)
+    narrow = Settings(window=100, budget=60, topk=12, heads=heads)
+    before, words, state = snapshot(MODEL), _told(TOKENIZER), torch.get_rng_state()
+    for settings in (chosen, narrow):
+        assert find(parts, hidden.question, settings) == find(parts, hidden.question, settings)
+        assert find(parts, hidden.question, settings).kept
+    assert (parts, layers, heads) == ([hidden.text[:900], hidden.text[900:]], [0, 1], [[1, 0]])
+    same(before, snapshot(MODEL))
+    assert _told(TOKENIZER) == words
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def _told(tokenizer) -> str:
+    """What a tokenizer is set to: its rules, special tokens, sides and limits."""
+    rules = tokenizer.backend_tokenizer.to_str()
+    return f"{rules} {tokenizer.init_kwargs} {tokenizer.padding_side} {tokenizer.truncation_side} {tokenizer}"
 
 
 def test_a_question_that_stands_in_the_text_is_no_trouble():

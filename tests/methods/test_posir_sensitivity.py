@@ -171,6 +171,32 @@ def test_queries_of_one_document_are_resampled_together():
     assert width[2] < 0.5 * width[1]
 
 
+def test_the_interval_of_the_index_is_that_of_queries_drawn_again():
+    s, x = drawn(12, rate=lambda x: 0.9 - 0.6 * x)
+    found = sensitivity(s, x, resamples=2000)
+    random, where, drawn_again = np.random.default_rng(0), bin_of(x), []
+    for _ in range(2000):
+        taken = random.integers(s.size, size=s.size)
+        counts = np.bincount(where[taken], minlength=BINS)
+        sums = np.bincount(where[taken], weights=s[taken], minlength=BINS)
+        drawn_again.append(float(psi(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan))))
+    low, high = np.quantile(drawn_again, [0.025, 0.975])
+    assert 0 <= found.interval[0] < found.psi.value < found.interval[1] <= 1
+    assert found.interval == pytest.approx((low, high), abs=0.03)
+
+
+def test_the_interval_of_the_index_narrows_with_queries_and_not_with_copies():
+    s, x = drawn(13, per_bin=20, rate=lambda x: 0.9 - 0.6 * x)
+    owner = np.tile(np.arange(x.size), 10)
+    once = sensitivity(s, x, resamples=400)
+    owned = sensitivity(np.tile(s, 10), np.tile(x, 10), groups=owner.tolist(), resamples=400)
+    apart = sensitivity(np.tile(s, 10), np.tile(x, 10), resamples=400)
+    width = [f.interval[1] - f.interval[0] for f in (once, owned, apart)]
+    assert width[1] == pytest.approx(width[0], rel=0.25)
+    assert width[2] < 0.6 * width[1]
+    assert sensitivity(np.full(x.size, 0.4), x, resamples=50).interval == pytest.approx((0, 0), abs=1e-12)
+
+
 def test_buckets_are_judged_apart():
     s, x = drawn(9, rate=lambda x: 0.9 - 0.8 * x)
     flat, _ = drawn(10)

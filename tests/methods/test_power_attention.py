@@ -73,6 +73,14 @@ def test_a_distance_takes_as_many_hops_as_it_has_one_bits(distance):
     assert bool(sets[distance.bit_count() - 1][0])
 
 
+def test_powers_alone_reach_everything_with_one_block_of_window_and_no_sink():
+    """63 blocks back has six 1-bits, every other distance below 64 fewer: sums of 1, 6, 15, 20, 15, 6 and 1."""
+    mask = power_mask(64, window=1, sink=0)
+    assert reach(mask, 6) == [7, 22, 42, 57, 63, 64]
+    assert not bool(reached(mask, 5)[-1][0])
+    assert hops_to_all(mask) == 6
+
+
 @pytest.mark.parametrize(("blocks", "hops", "window_hops"), [(64, 5, 7), (128, 6, 14), (256, 7, 29), (512, 8, 57)])
 def test_hops_to_all_blocks_are_the_exact_ones(blocks, hops, window_hops):
     assert hops_to_all(power_mask(blocks)) == hops
@@ -283,6 +291,20 @@ def test_short_texts_and_wide_windows_are_the_hosts_own_bits():
         with headway.use(model, PowerAttention(block=4, window=5)) as handle:
             assert torch.equal(model(input_ids=ids).logits, native)
     assert {p for row in handle.report() for p in row["paths"]} == {"native"}
+
+
+@pytest.mark.parametrize("method", [PowerAttention(), PowerAttention(block=24, window=1, sink=0)], ids=["own", "least"])
+@pytest.mark.parametrize("pads", [None, [0, 5]])
+def test_a_text_shorter_than_one_block_is_the_hosts_own_bits(method, pads):
+    """Whatever the window and the sink: its only block is its own."""
+    model, (ids, mask) = decoder("Llama"), (contract.tokens(2, 20), None)
+    if pads:
+        ids, mask = contract.padded_left(ids, pads)
+    for chunks in ([20], [9, 9, 1, 1]):
+        native = contract.run_in_chunks(model, ids, chunks, mask)
+        with headway.use(model, method) as handle:
+            assert torch.equal(contract.run_in_chunks(model, ids, chunks, mask), native)
+        assert {p for row in handle.report() for p in row["paths"]} == {"native"}
 
 
 def test_full_layers_stay_dense():
@@ -536,11 +558,9 @@ def test_a_trained_model_gets_no_warning(caplog):
 
 
 def test_bad_numbers_are_refused():
-    for options in ({"window": 0}, {"sink": -1}, {"base": 1}):
-        with pytest.raises(ArgumentError, match="window, sink, base"):
-            PowerAttention(**options)
-    with pytest.raises(ArgumentError, match="block: got 0"):
-        PowerAttention(block=0)
+    for name, value in {"window": 0, "sink": -1, "base": 1, "block": 0}.items():
+        with pytest.raises(ArgumentError, match=f"{name}: got {value}"):
+            PowerAttention(**{name: value})
     with pytest.raises(ArgumentError, match="pattern"):
         pattern_mask("star", 8, degree=3)
     with pytest.raises(ArgumentError, match="degree"):

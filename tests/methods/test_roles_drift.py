@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from headway.door import Editor, use
+from headway.door import Editor, capture, use
 from headway.errors import ArgumentError
 from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis import diagnose_localize_align as dla
@@ -104,24 +104,52 @@ def test_a_head_that_turns_to_the_clause_in_conflict_ranks_first(model, layer, h
     assert dla.focal_heads(found.scores(), share=0.1) == [(layer, head)]
 
 
+def padding(ids, side, width):
+    """A sequence with `width` tokens of padding on one side, and its mask."""
+    pad, real = torch.zeros(width, dtype=torch.long), torch.ones(ids.numel(), dtype=torch.bool)
+    parts = [(pad, pad.bool()), (ids, real)] if side == "left" else [(ids, real), (pad, pad.bool())]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def read_padded(model, ids, mask):
+    """Mean rows over the real keys, and mean outputs, of a forward that is given the padding and its mask."""
+    places = mask.nonzero()[:, 0]
+    positions = (mask.long().cumsum(0) - 1).clamp(min=0)
+    with torch.no_grad(), capture(model, what=("weights", "head_output"), rows=places[list(ROWS)]) as reading:
+        model(input_ids=ids[None], attention_mask=mask.long()[None], position_ids=positions[None], use_cache=False)
+    found = reading.result()
+    weights = found.stack("weights")[:, 0].mean(2)
+    assert float(weights[..., ~mask].abs().max()) < 1e-6, "padding is not looked at"
+    return weights[..., mask], found.stack("head_output")[:, 0].mean(2)
+
+
 @pytest.mark.parametrize("sides", [("left", "left"), ("right", "right"), ("left", "right")])
 def test_a_padded_pair_has_the_drift_of_the_bare_one(model, sides):
     one = pair()
-    made, masks = [], []
-    for ids, side, width in zip((one.neutral, one.conflict), sides, (4, 7), strict=True):
-        pad, real = torch.zeros(width, dtype=torch.long), torch.ones(ids.numel(), dtype=torch.bool)
-        left = side == "left"
-        made.append(torch.cat([pad, ids] if left else [ids, pad]))
-        masks.append(torch.cat([~real.new_ones(width), real] if left else [real, ~real.new_ones(width)]))
-    bare = [dla.unpadded(ids, mask) for ids, mask in zip(made, masks, strict=True)]
-    assert torch.equal(bare[0], one.neutral)
-    assert torch.equal(bare[1], one.conflict)
+    given = [
+        padding(ids, side, width) for ids, side, width in zip((one.neutral, one.conflict), sides, (4, 7), strict=True)
+    ]
+    bare = [dla.unpadded(ids, mask) for ids, mask in given]
+    assert all(ids.numel() > LENGTH for ids, _ in given)
     found = dla.attention_drift(model, [replace(one, neutral=bare[0], conflict=bare[1])])
-    plain = dla.attention_drift(model, [one])
-    assert plain.scores().max() > 0
+    assert found.scores().max() > 0
+    (rows, outputs), (other_rows, other_outputs) = (read_padded(model, ids, mask) for ids, mask in given)
+    padded = dla.head_drift(rows, other_rows, outputs, other_outputs)
+    for part, values in zip(("magnitude", "direction", "distribution"), padded, strict=True):
+        np.testing.assert_allclose(values, found.part(part)[0], atol=1e-5)
+
+
+def test_padding_on_the_right_behind_the_rows_does_not_count(model):
+    one, width = pair(), 5
+    sides = [padding(ids, "right", width)[0] for ids in (one.neutral, one.conflict)]
+    longer = replace(one, neutral=sides[0], conflict=sides[1], rows=tuple(row - width for row in ROWS))
+    found, plain = dla.attention_drift(model, [longer]), dla.attention_drift(model, [one])
     for part in ("magnitude", "direction", "distribution"):
-        np.testing.assert_array_equal(found.part(part), plain.part(part))
-    np.testing.assert_array_equal(found.scores(), plain.scores())
+        np.testing.assert_allclose(found.part(part), plain.part(part), atol=1e-5)
+    # Taken from the end of the padding the rows would be other tokens.
+    assert not np.allclose(
+        dla.attention_drift(model, [replace(longer, rows=ROWS)]).direction, plain.direction, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("mask", [[1, 0, 1], [0, 0, 0]])
@@ -140,6 +168,26 @@ def test_reshaping_is_symmetric_and_between_0_and_1(first, second):
     assert 0 <= found[0] <= 1
     assert found[0] == pytest.approx(dla.jensen_shannon(b, a)[0], abs=1e-12)
     assert dla.jensen_shannon(a, a)[0] == 0
+
+
+numbers = st.one_of(st.just(0.0), st.floats(-1e6, 1e6), st.floats(-1e-12, 1e-12))
+outputs = st.lists(numbers, min_size=4, max_size=4)
+
+
+@given(outputs, outputs, st.floats(0.1, 10))
+def test_the_turn_of_outputs_is_between_0_and_2_and_no_matter_of_length(first, second, factor):
+    even = torch.full((1, 1, 3), 1 / 3)
+
+    def turn(before, after):
+        return float(dla.head_drift(even, even, before, after)[1][0, 0])
+
+    a, b = (torch.tensor([[values]], dtype=torch.float64) for values in (first, second))
+    assert 0 <= turn(a, b) <= 2
+    assert turn(a, b) == pytest.approx(turn(b, a), abs=1e-9)
+    assert turn(a, a) == 0
+    if min(a.norm(), b.norm()) > 1e-3:
+        assert turn(a, factor * b) == pytest.approx(turn(a, b), abs=1e-9)
+        assert turn(a, -b) == pytest.approx(2 - turn(a, b), abs=1e-9)
 
 
 def test_disjoint_rows_are_one_bit_apart_and_the_first_key_is_left_out():
@@ -268,21 +316,34 @@ def test_concentration_counts_the_middle_third_beside_chance():
     assert dla.concentration([(0, 0)], (6, 4)).p_value == pytest.approx(1)
 
 
-def test_silencing_a_head_that_decides_moves_more_than_its_controls(model):
-    ids = pair().neutral[None]
+@pytest.fixture
+def decided():
+    """A model in which head 2 of layer 1 writes twenty times as much as it did."""
+    made = tiny_host("llama", num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)[0].eval()
+    weight = made.model.layers[1].self_attn.o_proj.weight
+    size = weight.shape[1] // 4
+    with torch.no_grad():
+        weight[:, 2 * size : 3 * size] *= 20
+    return made
+
+
+def gated(model, heads, **options):
+    ids = torch.stack([pair(seed=seed).neutral for seed in range(4)])
 
     def measure():
         with torch.no_grad():
-            return [float(model(input_ids=ids).logits[0, -1].norm())]
+            logits = model(input_ids=ids).logits[:, -1]
+        return (logits[:, 7] - logits[:, 11]).tolist()
 
+    return dla.gate_effect(model, heads, measure, shape=(3, 4), generator=np.random.default_rng(0), **options)
+
+
+def test_silencing_a_head_that_decides_moves_more_than_its_controls(decided):
     seen = []
-    found = dla.gate_effect(
-        model, [(1, 2)], measure, shape=(3, 4), generator=np.random.default_rng(0), draws=3,
-        progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
-    assert len(found.by_control) == 3
+    found = gated(decided, [(1, 2)], draws=8, progress=lambda done, total: seen.append((done, total)))
+    assert len(found.by_control) == 8
+    assert found.focal.value > 3 * max(found.by_control) > 0
+    assert found.ratio > 3
     assert found.ratio == pytest.approx(found.focal.value / np.mean(found.by_control))
-    assert seen[-1] == (4, 4)
-    assert dla.gate_effect(
-        model, [(1, 2)], measure, shape=(3, 4), generator=np.random.default_rng(0), draws=3, gate=1.0
-    ).focal.value == pytest.approx(0, abs=1e-6)
+    assert seen[-1] == (9, 9)
+    assert gated(decided, [(1, 2)], draws=3, gate=1.0).focal.value == pytest.approx(0, abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -246,6 +247,45 @@ def test_useless_pairs_are_dropped_with_a_count_and_a_warning(caplog):
     assert len(found.pairs) == 3
     assert found.dropped == {"chosen and rejected are the same": 1, "an answer has no token": 1}
     assert "2 of 5 preference pairs were dropped" in caplog.text
+
+
+@pytest.mark.parametrize(("good", "warned"), [(19, False), (18, True)])
+def test_useless_pairs_are_warned_about_above_5_percent_alone(caplog, good, warned):
+    given = pairs(good)
+    same = dla.PreferencePair(prompt=given[0].prompt, chosen=given[0].chosen, rejected=given[0].chosen, system=(0, 2))
+    found = dla.prepare_pairs([*given, same])
+    assert len(found.pairs) == good
+    assert found.dropped == {"chosen and rejected are the same": 1}
+    assert (f"1 of {good + 1} preference pairs were dropped" in caplog.text) is warned
+    assert bool(caplog.records) is warned
+
+
+def test_a_prompt_that_leaves_nothing_is_dropped_with_a_count_beside_good_pairs(caplog):
+    good = pairs(3)
+    long = dla.PreferencePair(prompt=torch.arange(30), chosen=torch.arange(3), rejected=torch.arange(4), system=(2, 25))
+    found = dla.prepare_pairs([good[0], long, *good[1:], long], prompt_cap=10, cutoff=16)
+    assert found.dropped == {"the rule alone is longer than prompt_cap": 2}
+    assert [one.prompt.tolist() for one in found.pairs] == [one.prompt.tolist() for one in good]
+    assert "2 of 5 preference pairs were dropped" in caplog.text
+
+
+def test_a_run_tells_the_share_of_negative_weights_and_what_was_dropped(model):
+    torch.manual_seed(1)
+    teacher = tiny_host("llama", max_position_embeddings=64)[0].eval()
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight *= 200
+    good = pairs(4)
+    same = dla.PreferencePair(prompt=good[0].prompt, chosen=good[0].chosen, rejected=good[0].chosen, system=(0, 2))
+    settings = dla.AlignSettings(weights="reward", strength=1.0, beta=0.5, steps=1, accumulate=1, learning_rate=1e-4)
+    references = read_reference(model, good, settings, reward_model=teacher)
+    weights = torch.cat([side for one in references for side in one.weights])
+    assert 0 < int((weights < 0).sum()) < weights.numel()
+    found = dla.align(model, [*good, same], settings, reward_model=teacher)
+    assert found.negative_share == pytest.approx(float((weights < 0).float().mean()))
+    assert found.dropped == {"chosen and rejected are the same": 1}
+    clipped = dla.align(model, good, replace(settings, clip_negative=True), reward_model=teacher)
+    assert clipped.negative_share == 0
+    assert dla.align(model, good, replace(settings, weights="uniform")).negative_share == 0
 
 
 def test_a_long_prompt_keeps_the_rule_and_its_end():

@@ -53,7 +53,8 @@ SLIDING = ("mistral sliding", "gemma3 sliding", "gemma2 soft cap", "gpt-oss lear
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_window_as_long_as_the_text_is_dense(name):
     sinks = 0 if name in SLIDING else 2
-    contract.check_equals_dense(HOSTS[name](), lambda: StreamingLLM(sinks=sinks, window=60), atol=2e-4)
+    limit = 1e-5 if name == "llama" else 2e-4
+    contract.check_equals_dense(HOSTS[name](), lambda: StreamingLLM(sinks=sinks, window=60), atol=limit)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral sliding", "gpt-oss learned sinks"])
@@ -204,9 +205,9 @@ def test_a_prompt_shorter_than_the_sinks_fills_them_as_tokens_come():
 
 
 def test_bad_numbers_and_hosts_are_refused():
-    with pytest.raises(ArgumentError, match="got -1, 5"):
+    with pytest.raises(ArgumentError, match="sinks: got -1"):
         StreamingLLM(sinks=-1, window=5)
-    with pytest.raises(ArgumentError, match="got 2, 0"):
+    with pytest.raises(ArgumentError, match="window: got 0"):
         StreamingLLM(sinks=2, window=0)
     with pytest.raises(ArgumentError, match="positions"):
         StreamingLLM(positions="slots")
@@ -495,7 +496,7 @@ def test_a_budget_share_is_the_share_of_tokens_stored(share, tokens):
 
 def test_all_of_the_budget_is_dense_and_bad_shares_are_named():
     model = decoder("Llama")
-    contract.check_equals_dense(model, lambda: at_budget(1.0, tokens=4, model=model)[0])
+    contract.check_equals_dense(model, lambda: at_budget(1.0, tokens=4, model=model)[0], atol=1e-5)
     for bad in ({"share": 0.0, "tokens": 5}, {"share": 1.5, "tokens": 5}, {"share": 0.5, "tokens": 0}):
         with pytest.raises(ArgumentError, match="share, tokens"):
             at_budget(**bad, model=model)

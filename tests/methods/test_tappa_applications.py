@@ -355,7 +355,7 @@ class TestPolicy:
 
     def test_bad_numbers_and_hosts_are_refused(self):
         for options, match in (
-            ({"budget": 4, "window": 4}, "got 4, 4"), ({"window": 0}, "got 10, 0"), ({"level": "row"}, "level"),
+            ({"budget": 4, "window": 4}, "got 4, 4"), ({"window": 0}, "window: got 0"), ({"level": "row"}, "level"),
             ({"preference": "best"}, "preference"), ({"pairs": "some"}, "pairs"), ({"stage": "rope"}, "stage"),
             ({"pool": 2}, "pool"), ({"gamma": -1.0}, "gamma"), ({"slack": -1}, "slack"),
         ):  # fmt: skip

@@ -135,6 +135,28 @@ def test_a_prompt_shorter_than_the_window_is_whole_until_the_budget_is_passed(pr
     assert cache.get_seq_length() == 24
 
 
+@pytest.mark.parametrize("level", ["layer", "head"])
+@pytest.mark.parametrize("slack", [0, None, 3])
+@pytest.mark.parametrize("pads", [None, [0, 7]])
+def test_the_last_tokens_of_the_window_stay_while_decoding_too(level, slack, pads):
+    """Every step, in every layer and KV head, whatever was let go for them."""
+    model, (ids, mask) = decoder("Llama"), (contract.tokens(2, 60), torch.ones(2, 60, dtype=torch.long))
+    if pads:
+        ids, mask = contract.padded_left(ids, pads)
+    window, cache, start, gone = 4, None, 0, 0
+    with headway.use(model, small(budget=12, window=window, level=level, slack=slack)), torch.no_grad():
+        for stop in (30, *range(31, 61)):
+            given = {"attention_mask": mask[:, :stop], "past_key_values": cache, "use_cache": True}
+            cache, start = model(input_ids=ids[:, start:stop], **given).past_key_values, stop
+            for layer in cache.layers:
+                for store in layer.parts:
+                    for row in store.positions.flatten(0, 1):
+                        held = set(row[row >= 0].tolist())
+                        assert held >= set(range(stop - window, stop))
+                        gone = max(gone, stop - len(held))
+    assert gone > 40
+
+
 @settings(max_examples=10, deadline=None)
 @given(length=st.integers(15, 60), budget=st.integers(5, 30), level=st.sampled_from(["layer", "head"]))
 def test_the_total_is_exact_for_any_prompt_and_budget(length, budget, level):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from headway.errors import HeadwayError, HostError
 from headway.select.records import Reading, find_sources
-from headway.select.selecting import open_ledger, score_all
+from headway.select.selecting import open_ledger, score_all, select
 from headway.select.shards import make_plan
+from tests.look.tiny import byte_tokenizer, tiny_llama
 from tests.select.standins import StandIn, StandInRecipe, expected, text, write_corpus
 
 
@@ -88,6 +90,24 @@ class TestRay:
 
     def test_two_workers_bring_what_one_process_brings(self, corpus, locally, tmp_path):
         assert run(corpus, tmp_path, StandInRecipe(), engine="ray", workers=2) == locally
+
+    def test_both_engines_write_the_same_files_with_a_real_scorer(self, tmp_path):
+        corpus, model = write_corpus(tmp_path / "corpus", records=60), tmp_path / "model"
+        tiny_llama(num_hidden_layers=2).save_pretrained(model)
+        byte_tokenizer(bos=True).save_pretrained(model)
+        reading = Reading(id_field="id", domain_field="kind")
+        written = {}
+        for engine, workers in (("local", 1), ("ray", 2)):
+            out = tmp_path / engine
+            select(
+                [corpus], str(model), out=out, reading=reading, heads=[(1, 0), (1, 1)], floor=0, threads=1,
+                engine=engine, workers=workers,
+            )  # fmt: skip
+            written[engine] = [(out / name).read_bytes() for name in ("scores.jsonl", "selected.jsonl")]
+        scores, kept = (content.decode().splitlines() for content in written["local"])
+        assert (len(scores), len(kept)) == (60, 12)
+        assert len({json.loads(line)["influence"] for line in scores}) > 30
+        assert written["ray"] == written["local"]
 
     def test_a_worker_that_dies_loses_and_repeats_nothing(self, corpus, locally, tmp_path):
         death = tmp_path / "died"

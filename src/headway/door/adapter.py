@@ -29,7 +29,7 @@ KNOWN_KEYWORDS = frozenset(
     {
         "scaling", "scale", "softmax_scale", "is_causal", "softcap", "s_aux", "sliding_window", "position_bias",
         "dropout", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "use_cache",
-        "weighing", "native", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+        "weighing", "native", "front", "piece", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
         "num_items_in_batch",
     }
 )  # fmt: skip
@@ -160,6 +160,8 @@ def normal_form(
         dropout=float(keywords.get("dropout") or 0.0),
         hidden=hidden,
         module=module,
+        front=keywords.get("front") or 0,
+        piece=keywords.get("piece"),
         weighing=keywords.get("weighing"),
         forward=forward,
     )

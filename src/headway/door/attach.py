@@ -27,6 +27,7 @@ from headway.door.execute import Executed, execute, execute_parts, refuse_emptie
 from headway.door.policy_hosts import require_one_sequence_per_row
 from headway.door.selector_calls import refuse_drafts
 from headway.door.stages import CachePolicy, Driver, Editor, Observer, Selector, Stage
+from headway.door.text import text_call
 from headway.errors import ArgumentError, ConflictError, InterceptionError, unknown
 
 _DOORS: weakref.WeakKeyDictionary[nn.Module, Door] = weakref.WeakKeyDictionary()
@@ -377,7 +378,8 @@ class Door:
         if fired is None:
             fired = local.fired = defaultdict(int)
         hidden, given = getattr(local, "hidden", {}).get(module, (None, {}))
-        turn = fired[module]
+        # Pieces of one text are one site, however many they are.
+        turn = fired[module] if keywords.get("piece") is None else 0
         fired[module] += 1
         site = self.site(module, turn, query, key, {**given, **keywords})
         function = adapter.native_function(module, native)
@@ -587,12 +589,23 @@ def _run(
             path = f"{path}+edit" if path.startswith("native") else path
             output = editor.edit_output(edited, output, lse)
             weights = None
-    for observer in [s for _, s in stages if isinstance(s, Observer)]:
-        with torch.no_grad():
-            observer.observe(edited, output, lse)
+    with torch.no_grad():
+        _show(edited, output, lse, [s for _, s in stages if isinstance(s, Observer)])
     for handle in dict.fromkeys(h for h, _ in stages):
         handle.note(call.site, path, density, *spent)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _show(call: AttentionCall, output: Tensor, lse: Tensor | None, observers: Sequence[Observer]) -> None:
+    """Gives the call to observers, or its text to those that ask for that."""
+    text: tuple[AttentionCall, Tensor] | None = call, output
+    if any(observer.on_text for observer in observers):
+        text = text_call(call, output)
+    for observer in observers:
+        if not observer.on_text:
+            observer.observe(call, output, lse)
+        elif text is not None:
+            observer.observe(*text, lse if text[0] is call else None)
 
 
 def _refuse_conflicts(site: Site, stages: Sequence[Stage]) -> None:

@@ -74,6 +74,10 @@ class AttentionCall:
     and `key_at` the position in the sequence of each key where they are not consecutive. Such a call is not `causal`;
     its mask says everything.
 
+    `front` keys come before those of the text: learned tokens, or what a memory said, which have no place in it.
+    `piece` is there where a module reads a text in several calls, each with its own keys behind the front: the first
+    row of this one, and the rows of the whole text (0 where the module cannot tell). `door.text` joins them.
+
     `weighing` says how logits become weights where that is not the softmax (Headway's own modules). `tell` is a cache
     policy's listener: it is given the call's logits and their log-sum-exp, of which the output is then made."""
 
@@ -95,6 +99,8 @@ class AttentionCall:
     of_heads: Int[Tensor, " heads"] | None = None
     of_rows: tuple[int, int] | None = None
     key_at: Int[Tensor, "#batch #kv_heads keys"] | None = None
+    front: int = 0
+    piece: tuple[int, int] | None = None
     weighing: Weighing | None = None
     tell: Callable[[Tensor, Tensor], None] | None = None
     forward: Forward = field(default_factory=Forward)

@@ -19,6 +19,7 @@ from headway.door.stages import Observer
 from headway.errors import ArgumentError, unknown
 from headway.kernels.reductions import REDUCTIONS, reduce_attention
 from headway.kernels.rows import RowSample
+from headway.kernels.weighing import part_of
 
 TENSORS = ("query", "key", "value", "head_output")
 WHAT = (*TENSORS, *REDUCTIONS)
@@ -260,6 +261,7 @@ def pick_heads(call: AttentionCall, heads: Sequence[int] | None) -> AttentionCal
         key=call.key[:, owners],
         value=call.value[:, owners],
         sinks=None if call.sinks is None else call.sinks[index],
+        weighing=part_of(call.weighing, index, call.heads),
         **per_head,
     )
 

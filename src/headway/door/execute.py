@@ -18,6 +18,7 @@ from headway.kernels.block_sparse import Band, block_sparse_attention, dense_is_
 from headway.kernels.dense import dense_attention, grouped_values, normalise
 from headway.kernels.fused import fused_attention, merge_attention
 from headway.kernels.gathered import gathered_attention, row_block, unique_keys
+from headway.kernels.weighing import part_of
 
 #: Tokens per block of a sink-and-window selection.
 WINDOW_BLOCK = 128
@@ -287,6 +288,7 @@ def over_heads(call: AttentionCall, heads: Sequence[int]) -> AttentionCall:
         key=call.key[:, shared],
         value=call.value[:, shared],
         sinks=None if call.sinks is None else call.sinks[index],
+        weighing=part_of(call.weighing, heads, call.heads),
         of_heads=index,
         **pick,
     )

@@ -104,9 +104,14 @@ class Attend(nn.Module):
         bias: Float[Tensor, "#batch #heads #queries keys"] | None = None,
         sinks: Float[Tensor, " heads"] | None = None,
         weighing: Weighing | None = None,
+        front: int = 0,
+        piece: tuple[int, int] | None = None,
     ) -> Float[Tensor, "batch heads queries value_dim"]:
         """The output. `bias` is added to the scaled logits, `sinks` are learned sink logits, `weighing` replaces that
-        of the module for this call (one that holds parameters of the call)."""
+        of the module for this call (one that holds parameters of the call).
+
+        `front` keys stand before those of the text (softmax only). `piece` is (first row, rows of the whole text) of a
+        module that reads one text in several calls; 0 rows say that it cannot tell."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation)
         if function is own_attention:
             return native()
@@ -121,6 +126,8 @@ class Attend(nn.Module):
             position_bias=bias,
             s_aux=sinks,
             weighing=self.weighing if weighing is None else weighing,
+            front=front,
+            piece=piece,
             native=native,
         )
         return output.transpose(1, 2)

@@ -148,10 +148,12 @@ class Observer(Stage):
     """Reads calls and their outputs; never changes them. State belongs to one attachment: `start` clears it.
     `reads_weights` says that it takes weights from q and k, which an editor of weights would make untrue; `reads_keys`
     that it takes keys or values of whole sequences, of which a cache policy's calls hold a part. Both are refused
-    beside a policy."""
+    beside a policy. `on_text` asks for the text alone: keys in front of it are left out, so that rows sum to one less
+    their share, and a layer that reads a text in pieces gives one call over all of it, once the last piece ran."""
 
     reads_weights = False
     reads_keys = False
+    on_text = False
 
     def start(self) -> None:
         """Called once when the observer is attached."""

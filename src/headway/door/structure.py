@@ -89,7 +89,11 @@ def why_not(model: nn.Module) -> str:
     if hard:
         return f"{host} has hard-coded attention ({', '.join(hard)}) that does not ask the attention registry. {fix}"
     if mixers:
-        return f"{host} has no self-attention: its mixers are {', '.join(mixers)}. {fix}"
+        return (
+            f"{host} has no self-attention: its mixers are {', '.join(mixers)}. What reads or changes attention, "
+            "headway.look among it, needs at least one layer that gives keys weights: use another host, or a hybrid "
+            "that has such layers beside these."
+        )
     if asks:
         names = ", ".join(asks)
         return f"{host} has attention modules ({names}) that did not run. Pass example={{…}} that reaches them."

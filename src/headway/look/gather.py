@@ -113,6 +113,7 @@ class ReceivedMass(Observer):
     """The mass each token receives per query that can see it, by head."""
 
     reads_weights = True
+    on_text = True
 
     def __init__(self, sample: RowSample | None) -> None:
         self.sample = sample

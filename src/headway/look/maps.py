@@ -23,6 +23,7 @@ from torch import Tensor
 from headway.door.call import AttentionCall, Site
 from headway.door.stages import Observer
 from headway.errors import ArgumentError, unknown
+from headway.kernels.weighing import part_of
 from headway.look.result import DetailWindow, HeadMap, HeadMetric
 
 SIDE = 256
@@ -147,6 +148,7 @@ class MapObserver(Observer):
     heads: Sequence[tuple[int, int]]
     options: dict[str, Any] = field(default_factory=dict)
     reads_weights = True
+    on_text = True
     _maps: dict[tuple[int, int], HeadMap] = field(default_factory=dict, init=False, repr=False)
     _sites: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
@@ -339,6 +341,7 @@ def _single(call: AttentionCall, head: int, batch: int) -> AttentionCall:
         mask=pick(call.mask),
         bias=pick(call.bias),
         sinks=None if call.sinks is None else call.sinks[head : head + 1],
+        weighing=part_of(call.weighing, [head], call.heads, entry=batch, batch=call.query.shape[0]),
         forward=forward,
     )
 

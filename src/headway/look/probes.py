@@ -182,6 +182,7 @@ class _Rows(Observer):
     """One reduction over a few query rows of each forward, per site."""
 
     reads_weights = True
+    on_text = True
 
     def __init__(self, what: str) -> None:
         self.what = what

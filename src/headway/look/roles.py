@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headway.door.call import AttentionCall, Site
 from headway.door.stages import Observer
+from headway.door.text import BehindFront
 from headway.errors import ArgumentError, InterceptionError
 from headway.kernels.head_scores import (
     PROXIMITY,
@@ -36,6 +37,8 @@ from headway.look.probes import InductionResult, RetrievalResult, refuse_second
 from headway.look.result import HeadMetric
 
 ROW_STATISTICS = ("previous_token", "sink_mass", "streaming", "entropy", "normalised_entropy", "distance")
+#: The share of keys in front of the text, at sites that have some; everything else is about the keys of the text.
+FRONT = "front"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,10 @@ class RoleObserver(Observer):
     """Reads the roles that show in any text, from one forward: previous token, sink mass, streaming, entropy, distance
     and (with `sentences`, token ranges) the receiver score.
 
+    Where a layer reads keys in front of its text (`AttentionCall.front`) everything is about the keys of the text:
+    shares are shares of the whole row, distance and entropy those of the part within the text, and the share of the
+    front is a score of its own, "front".
+
     `rows` limits the work to sampled query rows; the scores then are estimates with 95 % intervals. `block` is the
     number of query rows whose weights are held at a time. `keep_block_means=False` drops the tables behind the receiver
     score, heads × sentences² per site. Only self-attention has roles; other sites are left out. Each
@@ -72,6 +79,7 @@ class RoleObserver(Observer):
     block: int | None = None
     keep_block_means: bool = True
     reads_weights = True
+    on_text = True
     _sites: dict[str, SiteRoles] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -127,12 +135,14 @@ class RoleObserver(Observer):
             )
             visible = call.visible(rows)
             uniform = visible / visible.sum(-1, keepdim=True)
+            ahead = call.weighing.seen[:, None, rows] if isinstance(call.weighing, BehindFront) else 0
             parts.append(self._statistics(call, found, rows, visible, first, dropped))
-            even = {"weights": uniform, "entropy": row_entropy(uniform), "distance": mean_distance(uniform, rows)}
+            shares = visible / (visible.sum(-1) + ahead)[..., None]
+            even = {"weights": shares, "entropy": row_entropy(uniform), "distance": mean_distance(shares, rows)}
             uniform_parts.append(self._statistics(call, even, rows, visible, first, dropped))
-        scores = {name: _over_rows([p[name] for p in parts], sample) for name in ROW_STATISTICS}
+        scores = {name: _over_rows([p[name] for p in parts], sample) for name in parts[0]}
         even_scores = {
-            name: float(_over_rows([p[name] for p in uniform_parts], sample).mean.nanmean()) for name in ROW_STATISTICS
+            name: float(_over_rows([p[name] for p in uniform_parts], sample).mean.nanmean()) for name in parts[0]
         }
         sentences = [span for span in self.sentences if span[0] >= self.sinks]
         if len(sentences) < 2 * self.proximity:
@@ -163,9 +173,12 @@ class RoleObserver(Observer):
                 bias=None,
                 softcap=None,
                 sinks=None,
+                weighing=None,
             )
-            scratch[token] = _block_means(plain, torch.zeros_like(call.query[:, :1]), sentences, sample, padded)
-        return scratch[token]
+            means = _block_means(plain, torch.zeros_like(call.query[:, :1]), sentences, sample, padded)
+            # The mask is kept with them: an id says which mask it is only as long as the mask lives.
+            scratch[token] = call.mask, means
+        return scratch[token][1]
 
     def _statistics(
         self,
@@ -194,6 +207,10 @@ class RoleObserver(Observer):
             "normalised_entropy": normalised_entropy(found["entropy"], visible.sum(-1).float()),
             "distance": found["distance"],
         }
+        if isinstance(call.weighing, BehindFront):
+            within = weights.sum(-1)
+            rows_of["distance"] = found["distance"] / within
+            rows_of[FRONT] = (1 - within).clamp(min=0)
         if dropped is None:
             return rows_of
         return {
@@ -250,6 +267,11 @@ ROLES = {
     "entropy": _Role("Entropy", "nats", "Mean entropy of a row of weights."),
     "normalised_entropy": _Role("Relative entropy", "share", "Mean entropy of a row over the most it could have."),
     "distance": _Role("Distance", "tokens", "Mean distance between a query and what it reads, by weight."),
+    FRONT: _Role(
+        "Before the text",
+        "share",
+        "Mean weight on what stands before the text: learned tokens, and what a memory says.",
+    ),
     "receiver": _Role(
         "Receiver",
         "kurtosis",
@@ -301,9 +323,11 @@ def role_metrics(
 
     metrics = []
     bounds = ("mean",) if all(r.exact for r in roles) else ("mean", "low", "high")
-    for name in ROW_STATISTICS if roles else ():
-        tables = [{r.site.name: getattr(r.scores[name], bound) for r in roles} for bound in bounds]
-        metrics.append(metric(name, float(np.mean([r.uniform[name] for r in roles])), *tables))
+    for name in (*ROW_STATISTICS, FRONT):
+        having = [r for r in roles if name in r.scores]
+        if having:
+            tables = [{r.site.name: getattr(r.scores[name], bound) for r in having} for bound in bounds]
+            metrics.append(metric(name, float(np.mean([r.uniform[name] for r in having])), *tables))
     received = {r.site.name: r.receiver for r in roles if r.receiver is not None}
     if received:
         chances = [r.uniform["receiver"] for r in roles if r.receiver is not None]

@@ -52,6 +52,10 @@ class Options:
         for name, least in (("rollouts", 0), ("orders", 0), ("proximity", 1), ("top", 1), ("tokens", 1)):
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name}: got {getattr(self, name)}, expected at least {least}.")
+        if self.settle is not None and not self.settle > 0:
+            raise ArgumentError(
+                f"settle: got {self.settle}, expected a width in nats above 0. Leave it out to draw all."
+            )
 
 
 @dataclass

@@ -44,6 +44,10 @@ def run(
     are kept in `out` as they come; the page and its numbers are written last."""
     if traces is not None and question is not None:
         raise ArgumentError("--traces, --question: got both, expected one of them. A question makes a trace.")
+    if traces is not None and str(traces) != "-" and not traces.expanduser().exists():
+        raise ArgumentError(
+            f"--traces: got {traces}, expected a file that is there. Check the path, or give - to pipe it."
+        )
     check_policy(bad_rows, "--bad-rows")
     options = Options(
         rollouts=rollouts,

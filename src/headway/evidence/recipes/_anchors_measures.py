@@ -15,6 +15,7 @@ import torch
 from headway.door import capture, use
 from headway.evidence.recipes import _anchors_scripted as scripted
 from headway.evidence.recipes import _anchors_toy as toy
+from headway.evidence.recipes._peak_bytes import PeakBytes
 from headway.methods.diagnosis import thought_anchors as method
 
 #: Receiver heads of the toy (a quarter of its heads), and the layers left out: none of three.
@@ -148,8 +149,7 @@ def real_thoughts(
 
 def shared_prefix(model: Any, ids: Any, sentences: int, repeats: int) -> dict[str, Any]:
     """Seconds with and without the shared prefix on sentences of one length, and how far the results are apart."""
-    cuts = np.linspace(0, ids.shape[1], sentences + 1).astype(int).tolist()
-    spans = list(pairwise(cuts))
+    spans = even_spans(ids, sentences)
     seconds: dict[str, list[float]] = {"shared": [], "whole": []}
     found = {}
     for repeat in range(repeats):
@@ -164,22 +164,29 @@ def shared_prefix(model: Any, ids: Any, sentences: int, repeats: int) -> dict[st
         "apart": float(apart),
         "forwards": found["shared"].forwards,
         "sentences": sentences,
-        "maps": _maps(model, ids, spans),
     }
 
 
-def _maps(model: Any, ids: Any, spans: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Block means as they stream against those of the whole maps, and the numbers that each keeps."""
-    streamed = method.sentence_maps(model, ids, spans)
-    worst, whole = 0.0, 0
-    with torch.no_grad(), capture(model, what=("weights",)) as handle:
-        model(input_ids=ids, use_cache=False)
+def block_means(model: Any, ids: Any, sentences: int) -> dict[str, float]:
+    """Block means as they stream against those of whole maps: how far they are apart, and the most bytes that the
+    tensors of either reading hold at one time, weights left out."""
+    spans = even_spans(ids, sentences)
+    weights = [*model.parameters(), *model.buffers()]
+    with PeakBytes(weights) as streaming:
+        streamed = method.sentence_maps(model, ids, spans)
+    with PeakBytes(weights) as keeping, torch.no_grad(), capture(model, what=("weights",)) as handle:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
     found = handle.result()
+    worst = 0.0
     for layer, name in enumerate(sorted(found.sites, key=lambda n: found.sites[n].layer)):
-        weights = found[name]["weights"][0]
-        whole += weights.numel()
+        maps = found[name]["weights"][0]
         for i, (first, last) in enumerate(spans):
             for j, (start, stop) in enumerate(spans[:i]):
-                mean = weights[:, first:last, start:stop].mean((-1, -2)).numpy()
+                mean = maps[:, first:last, start:stop].mean((-1, -2)).numpy()
                 worst = max(worst, float(np.abs(mean - streamed[layer, :, i, j]).max()))
-    return {"apart": worst, "kept": streamed.size / whole, "expected": (len(spans) / ids.shape[1]) ** 2}
+    return {"apart": worst, "streamed": streaming.highest, "whole": keeping.highest, "tokens": ids.shape[1]}
+
+
+def even_spans(ids: Any, sentences: int) -> list[tuple[int, int]]:
+    """Sentences of one length."""
+    return list(pairwise(np.linspace(0, ids.shape[1], sentences + 1).astype(int).tolist()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import partial
 from typing import Any
 
@@ -10,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most
 from headway.evidence.recipe import Context
+from headway.evidence.recipes._peak_bytes import PeakBytes
 from headway.kernels.local_linear import fit_local_linear, local_linear_attention
 from headway.statistics import Measurement
 
@@ -90,32 +88,10 @@ def _memory(context: Context) -> dict[str, Any]:
         for tokens in lengths:
             generator = context.torch_generator("memory")
             q, k, v = (torch.randn(1, 1, tokens, 16, generator=generator).requires_grad_() for _ in range(3))
-            with _Peak() as peak:
+            with PeakBytes() as peak:
                 local_linear_attention(q, k, v, mode=mode, solver="cg").sum().backward()
             found[mode].append(peak.highest)
     return found
-
-
-class _Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at one time."""
-
-    def __enter__(self) -> _Peak:
-        self.held: dict[int, int] = {}
-        self.highest = 0
-        super().__enter__()
-        return self
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in tree_iter(result):
-            if isinstance(made, Tensor):
-                storage = made.untyped_storage()
-                place = storage.data_ptr()
-                if place and place not in self.held:
-                    self.held[place] = storage.nbytes()
-                    weakref.finalize(storage, self.held.pop, place, None)
-        self.highest = max(self.highest, sum(self.held.values()))
-        return result
 
 
 def _solver_claims(found: dict[str, dict[str, float]]) -> list[Claim]:

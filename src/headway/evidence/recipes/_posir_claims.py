@@ -39,7 +39,7 @@ CRITERIA = {
     ),
     "directions-are-recovered": all_of(
         at_least(1.0, label="share of planted directions recovered"),
-        at_least(1.0, of="order", label="ρ of decay and index, the lesser of both signs"),
+        at_least(1.0, of="order", label="ρ of decay and index beyond chance, the lesser of both signs"),
         at_most(0.01, of="p", label="largest p-value of the strongest decays"),
     ),
     "trained-bias-is-found": all_of(
@@ -131,19 +131,21 @@ def words_claims(words: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             id="directions-are-recovered",
-            statement="Planted primacy and recency are told by the sign, and the index grows with the decay.",
+            statement="Planted primacy and recency are told by the sign, and the index beyond chance grows with "
+            "the decay.",
             paper=PaperValue("primacy is common, some models show recency", where="abstract"),
             measured=Measurement(float(np.mean(right)), n=len(right)),
             criterion=CRITERIA["directions-are-recovered"],
             others={
-                "order": _orders(sides, lambda one: _value(one, "psi")),
-                "order_beyond_chance": _orders(sides, lambda one: _excess(one, "psi")),
+                "order": _orders(sides, lambda one: _excess(one, "psi")),
+                "order_with_chance": _orders(sides, lambda one: _value(one, "psi")),
                 "order_of_five_bins": _orders(sides, lambda one: _excess(one, "wide")),
                 "p": Measurement(max(_value(directed[name], "wide", "p_value") for name in strongest)),
             },
             details={n: {f: _excess(one, f) for f in ("psi", "linear", "wide")} for n, one in directed.items()},
-            notes="A first form ordered the five-bin index beyond chance, which was not planned, and failed at 0.8; "
-            "the order of the index itself, which was, had not been looked at. All three stand here.",
+            notes="The order is asked of the index beyond chance, which had given 0.4 before: so asked, the claim "
+            "failed. Two other forms stood here, the five-bin index beyond chance, which failed at 0.8, and then the "
+            "index with chance in it, which held at 1 and was recorded; both stand beside it.",
         ),
     ]  # fmt: skip
 

@@ -1,5 +1,10 @@
-"""The claims of the Diagnose, Localize, Align recipe: criteria, written before any measurement, and how numbers answer
-them."""
+"""The claims of the Diagnose, Localize, Align recipe: criteria, and how numbers answer them.
+
+Not every criterion was written before its numbers were seen. Those of SmolLM2's focal heads followed one look at the
+output of the command, but for the planned bound of 2; the condition `WORKS` came after a design in which training all
+layers taught nothing; judges were held against each other in a first form before this one. Thresholds did not move, and
+the notes of each claim say what had been seen.
+"""
 
 from __future__ import annotations
 

@@ -143,13 +143,14 @@ def _cost(context: Context) -> dict[str, Any]:
     if context.size == "smoke":
         model: Any = toy.decoder(context.seed).eval()
         ids = toy.draw_ids(1, context.generator("cost"))[:, :36]
-        return measures.shared_prefix(model, ids, 6, 2)
+        return measures.shared_prefix(model, ids, 6, 2) | {"maps": measures.block_means(model, ids, 6)}
     from headway.hosts import default_text, load, tokenize
 
     model, tokenizer = load("smollm2")
     length, sentences, repeats = context.choose(small=(96, 8, 3), full=(1024, 32, 5))
-    ids = tokenize(tokenizer, default_text(), length)
-    return measures.shared_prefix(model, ids, sentences, repeats)
+    found = measures.shared_prefix(model, tokenize(tokenizer, default_text(), length), sentences, repeats)
+    ids = tokenize(tokenizer, default_text(), context.choose(small=512, full=1024))
+    return found | {"maps": measures.block_means(model, ids, 32)}
 
 
 def _obstacle(size: str) -> str | None:

@@ -252,6 +252,7 @@ class SinkObserver(Observer):
     out and left-padded rows are shifted to their first token."""
 
     reads_weights = True
+    on_text = True
     rows: int = ROWS
     _sites: dict[str, _Running] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -91,6 +91,8 @@ class TitansMAC(TitansMixer):
         tensors, seen = dict(began.tensors), began.seen
         chunks = document_chunks(position, self.segment.size, mask=mask, seen=seen)
         tokens, places = chunks.gather(x), chunks.gather(position[..., None].to(torch.float64))[..., 0].long()
+        watched = self.segment.attend.watched
+        rows = _text_rows(position, mask) if watched else 0
         outputs, traces = [], []
         for index in range(chunks.count):
             real = chunks.real[:, index]
@@ -98,8 +100,9 @@ class TitansMAC(TitansMixer):
             low, high = (used[0], used[-1] + 1) if used else (0, 1)
             here = slice(low, high)
             known: list[MemoryTrace] | None = None if trace is None else []
+            piece = (index * self.segment.size + low, rows) if watched else None
             y, tensors, seen = self._one(
-                tokens[:, index, here], real[:, here], places[:, index, here], low, tensors, seen, mode, known
+                tokens[:, index, here], real[:, here], places[:, index, here], low, tensors, seen, mode, known, piece
             )
             outputs.append(pad(y, (0, 0, low, self.segment.size - high)))
             if known:
@@ -123,8 +126,9 @@ class TitansMAC(TitansMixer):
         seen: Int[Tensor, " batch"],
         mode: str,
         trace: list[MemoryTrace] | None,
+        piece: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensors, Tensor]:
-        """Some slots of one segment of every row, beginning at slot `low`."""
+        """Some slots of one segment of every row, beginning at slot `low`. `piece` is what the door is told."""
         memory = {name[7:]: t for name, t in tensors.items() if name.startswith("memory.")}
         segment = {name[8:]: t for name, t in tensors.items() if name.startswith("segment.")}
         starts = real[:, 0] & (position[:, 0] % self.segment.size == 0) if low == 0 else torch.zeros_like(real[:, 0])
@@ -140,7 +144,7 @@ class TitansMAC(TitansMixer):
             old = [tensors[f"began.{layer}"] for layer in range(len(weights))]
             weights = tuple(torch.where(rows, w, o) for w, o in zip(weights, old, strict=True))
             began = named("began", {str(layer): w for layer, w in enumerate(weights)})
-        y, segment = self.segment(x, real, low, starts, opens, segment, self.memory, weights, mode)
+        y, segment = self.segment(x, real, low, starts, opens, segment, self.memory, weights, mode, piece)
         read, after = self.memory(
             y, position=position, mask=real, seen=seen, tensors=memory, mode=mode, trace=trace, name=self.title
         )
@@ -221,6 +225,7 @@ class _Segment(nn.Module):
         memory: NeuralMemory,
         weights: tuple[Tensor, ...],
         mode: str,
+        piece: tuple[int, int] | None,
     ) -> tuple[Float[Tensor, "batch rows width"], Tensors]:
         """The rows' outputs, and what is kept. `weights` are the memory's at the start of each row's segment."""
         rows = x.shape[1]
@@ -260,7 +265,8 @@ class _Segment(nn.Module):
             logits = query @ keys.transpose(-1, -2) * self.attend.scaling
             return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values
 
-        found = self.attend(query, keys, values, native=native, visible=visible)
+        front = keys.shape[2] - self.size
+        found = self.attend(query, keys, values, native=native, visible=visible, front=front, piece=piece)
         return found.transpose(1, 2).flatten(2), kept
 
     def _answers(
@@ -306,6 +312,13 @@ class _Segment(nn.Module):
         if self.asks == "previous":
             return [kept["answered"][:, None, None].expand(batch, rows, self.answers)]
         return [filled.new_ones(batch, rows, self.answers)]
+
+
+def _text_rows(position: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"] | None) -> int:
+    """The tokens of a call that holds one text from its first token on in every row; 0 for any other."""
+    tokens = position.shape[1]
+    plain = mask is None or bool(mask.all())
+    return tokens if plain and bool((position == torch.arange(tokens, device=position.device)).all()) else 0
 
 
 def _placed(

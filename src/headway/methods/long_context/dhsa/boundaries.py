@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headway.door.call import AttentionCall
-from headway.errors import ArgumentError, HostError
+from headway.errors import ArgumentError, HostError, check_whole
 from headway.methods.long_context.dhsa.labels import WINDOW, attention_ratio
 from headway.methods.long_context.dhsa.predictor import BoundaryPredictor
 
@@ -74,8 +74,7 @@ class Fixed(BoundarySource):
     size: int = 32
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ArgumentError(f"size: got {self.size}, expected at least 1 token.")
+        check_whole("size", self.size, 1)
 
     def starts(self, piece: Piece) -> Bool[Tensor, "batch tokens"]:
         at = torch.arange(piece.tokens, device=piece.key.device)
@@ -129,11 +128,9 @@ class Scored(BoundarySource):
     window: int = WINDOW
 
     def __post_init__(self) -> None:
-        if self.apart < 0 or self.chunk_tokens < 1 or self.window < 1:
-            raise ArgumentError(
-                f"apart, chunk_tokens, window: got {self.apart}, {self.chunk_tokens}, {self.window}; expected at least "
-                "0, 1 and 1 tokens."
-            )
+        check_whole("apart", self.apart, 0)
+        check_whole("chunk_tokens", self.chunk_tokens, 1)
+        check_whole("window", self.window, 1)
 
     def scores(self, piece: Piece) -> Float[Tensor, "batch tokens"]:
         """The score of the gap behind each token."""

@@ -15,7 +15,7 @@ from headway.door.row_memory import remembered
 from headway.door.selection import Dense, Keys, Selection
 from headway.door.selector_calls import require_no_bias, require_one_way
 from headway.door.stages import Selector
-from headway.errors import ArgumentError, ConflictError, unknown
+from headway.errors import ArgumentError, ConflictError, check_whole, unknown
 from headway.kernels.pooling import block_means
 from headway.methods.budget import check_share
 from headway.methods.long_context.dhsa.boundaries import BoundarySource, Piece, Similarity
@@ -76,11 +76,9 @@ class DHSA(Selector):
             raise ArgumentError(
                 f"boundaries: got {self.boundaries!r}, expected a source such as Similarity() or Fixed(size=32)."
             )
-        if self.block < 1 or self.global_tokens < 0 or self.suffix < 0:
-            raise ArgumentError(
-                f"block, global_tokens, suffix: got {self.block}, {self.global_tokens}, {self.suffix}; expected at "
-                "least 1, 0 and 0 tokens."
-            )
+        check_whole("block", self.block, 1)
+        for name in ("local_tokens", "global_tokens", "suffix"):
+            check_whole(name, getattr(self, name), 0)
         least = self.block if self.queries == "blocks" else 1
         if self.local_tokens < least:
             raise ArgumentError(
@@ -88,6 +86,7 @@ class DHSA(Selector):
             )
         for name in ("budget", "decode_budget"):
             value = getattr(self, name)
+            check_whole(name, value, 0, optional=True)
             if value is not None and value < self.local_tokens + self.global_tokens:
                 raise ArgumentError(
                     f"{name}: {value} is smaller than local ({self.local_tokens}) + global ({self.global_tokens}) "

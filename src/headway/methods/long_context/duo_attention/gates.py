@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headway.door.policy_hosts import require_plain_decoder, text_config
-from headway.errors import ArgumentError, HostError
+from headway.errors import ArgumentError, HostError, is_number
 from headway.files import write_atomically
 from headway.hosts.fingerprint import Fingerprint, check_fingerprint, fingerprint
 
@@ -94,8 +94,8 @@ class Gates:
 
 def retrieval_count(heads: int, sparsity: float) -> int:
     """How many of `heads` keep everything: all at sparsity 0, none at 1, N − ⌈s·(N − 1)⌉ between."""
-    if not 0 <= sparsity <= 1:
-        raise ArgumentError(f"sparsity: got {sparsity}, expected the share of streaming heads, from 0 to 1.")
+    if not (is_number(sparsity) and 0 <= sparsity <= 1):
+        raise ArgumentError(f"sparsity: got {sparsity!r}, expected the share of streaming heads, from 0 to 1.")
     if sparsity in (0, 1):
         return 0 if sparsity else heads
     return heads - math.ceil(sparsity * (heads - 1) - SLACK)
@@ -115,6 +115,8 @@ def select_heads(
         got = "neither" if sparsity is None else "both"
         raise ArgumentError(f"sparsity, threshold: got {got}, expected one of them. Pass sparsity=0.5, say.")
     if threshold is not None:
+        if not is_number(threshold):
+            raise ArgumentError(f"threshold: got {threshold!r}, expected a number such as 0.5.")
         return values >= threshold
     assert sparsity is not None
     return top_heads(values, retrieval_count(values.numel(), sparsity))

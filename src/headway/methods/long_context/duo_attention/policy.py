@@ -15,7 +15,7 @@ from headway.door.caches import PolicyCache, first_tokens
 from headway.door.call import AttentionCall
 from headway.door.policy_hosts import require_plain_positions
 from headway.door.stages import PHASES, CachePolicy
-from headway.errors import ArgumentError, unknown
+from headway.errors import ArgumentError, check_whole, unknown
 from headway.methods.long_context.duo_attention.gates import Gates, check_shape, kv_geometry, select_heads
 from headway.methods.long_context.duo_attention.reading import (
     chunk,
@@ -52,15 +52,11 @@ class DuoAttention(CachePolicy):
     reserve: int = 0
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.recent < 1:
-            raise ArgumentError(
-                f"sinks, recent: got {self.sinks}, {self.recent}; expected sinks ≥ 0 and recent ≥ 1. A streaming head "
-                "needs recent tokens to decode."
-            )
+        check_whole("sinks", self.sinks, 0)
+        check_whole("recent", self.recent, 1)
+        check_whole("reserve", self.reserve, 0)
         if self.prefill not in PREFILL:
             raise unknown("prefill", self.prefill, PREFILL)
-        if self.reserve < 0:
-            raise ArgumentError(f"reserve: got {self.reserve}, expected a number of tokens, 0 for none.")
         self.retrieval()
 
     @property

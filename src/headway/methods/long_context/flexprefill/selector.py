@@ -13,7 +13,7 @@ from headway.door.call import AttentionCall, Site
 from headway.door.selection import BlockMask, Blocks, Dense, Selection
 from headway.door.selector_calls import require_no_bias
 from headway.door.stages import Selector
-from headway.errors import ArgumentError, unknown
+from headway.errors import ArgumentError, check_whole, is_number, unknown
 from headway.methods.budget import check_share
 from headway.methods.long_context.flexprefill.levels import (
     block_levels,
@@ -85,18 +85,17 @@ class FlexPrefill(Selector):
     looks_ahead = "the probe is the last block of queries"
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ArgumentError(f"gamma: got {self.gamma}, expected a share in (0, 1]. 1 is dense.")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ArgumentError(f"density: got {self.density}, expected a share in (0, 1], or None to use gamma.")
-        if not self.tau >= 0:
-            raise ArgumentError(f"tau: got {self.tau}, expected at least 0. 0 switches the query-aware pattern off.")
-        if self.block < 1 or self.block & (self.block - 1):
+        if not (is_number(self.gamma) and 0 < self.gamma <= 1):
+            raise ArgumentError(f"gamma: got {self.gamma!r}, expected a share in (0, 1]. 1 is dense.")
+        if self.density is not None and not (is_number(self.density) and 0 < self.density <= 1):
+            raise ArgumentError(f"density: got {self.density!r}, expected a share in (0, 1], or None to use gamma.")
+        if not (is_number(self.tau) and self.tau >= 0):
+            raise ArgumentError(f"tau: got {self.tau!r}, expected at least 0. 0 switches the query-aware pattern off.")
+        check_whole("block", self.block, 1)
+        if self.block & (self.block - 1):
             raise ArgumentError(f"block: got {self.block}, expected a power of two such as 64 or 128.")
         for name in ("min_budget", "max_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name}: got {value}, expected at least 1 token, or None.")
+            check_whole(name, getattr(self, name), 1, optional=True)
         if self.min_budget and self.max_budget and self.min_budget > self.max_budget:
             raise ArgumentError(
                 f"min_budget, max_budget: got {self.min_budget} and {self.max_budget}, expected the first to be no "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headway.door.call import Site
 from headway.door.stages import Driver
-from headway.errors import ArgumentError, HostError
+from headway.errors import ArgumentError, HostError, check_whole, is_number
 from headway.methods.budget import check_share
 from headway.methods.long_context.infiniretri.rows import HostRows, scoring_sites
 from headway.methods.long_context.infiniretri.scan import Frame, Retrieval, Scan
@@ -55,12 +55,9 @@ class InfiniRetri(Settings, Driver):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("question", 1), ("head", 0), ("above", 0)):
-            value = getattr(self, name)
-            missing = value is None and name != "above"
-            if not missing and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ArgumentError(f"{name}: got {value!r}, expected a whole number of at least {least}.")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ArgumentError(f"share: got {self.share}, expected a part in (0, 1]; 1 is the plain model.")
+            check_whole(name, getattr(self, name), least, optional=name != "above")
+        if self.share is not None and not (is_number(self.share) and 0 < self.share <= 1):
+            raise ArgumentError(f"share: got {self.share!r}, expected a part in (0, 1]; 1 is the plain model.")
         if self.share is not None and self.budget is not None:
             raise ArgumentError(f"share, budget: got {self.share} and {self.budget}, expected one of them.")
 

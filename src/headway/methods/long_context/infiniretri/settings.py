@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headway.errors import ArgumentError, unknown
+from headway.errors import ArgumentError, check_whole, unknown
 from headway.methods.long_context.infiniretri.scoring import WEIGHTING
 
 KEEP = ("replace", "accumulate")
@@ -51,14 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("window", "topk", "phrase", "budget", "limit"):
-            value = getattr(self, name)
-            optional = name in ("topk", "budget", "limit")
-            if not (value is None and optional) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ArgumentError(
-                    f"{name}: got {value!r}, expected a whole number of at least 1{', or None' if optional else ''}."
-                )
+            check_whole(name, getattr(self, name), 1, optional=name in ("topk", "budget", "limit"))
         for name, valid in (("keep", KEEP), ("overflow", OVERFLOW), ("weighting", WEIGHTING)):
             if getattr(self, name) not in valid:
                 raise unknown(name, getattr(self, name), valid)

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from headway.door.selection import BlockMask
-from headway.errors import ArgumentError, unknown
+from headway.errors import ArgumentError, check_whole, unknown
 
 #: Patterns that can be compared at equal out-degree.
 PATTERNS = ("power", "window", "dilated", "stride", "segments")
@@ -121,8 +121,6 @@ def hybrid_layers(layers: int, *, full: int = 2, group: int = 7) -> tuple[int, .
 
 def check_mask(window: int, sink: int, base: int) -> None:
     """Raises ArgumentError for numbers that make no mask."""
-    if window < 1 or sink < 0 or base < 2:
-        raise ArgumentError(
-            f"window, sink, base: got {window}, {sink}, {base}; expected window ≥ 1 (its own block), sink ≥ 0 and "
-            "base ≥ 2."
-        )
+    check_whole("window", window, 1)
+    check_whole("sink", sink, 0)
+    check_whole("base", base, 2)

@@ -15,7 +15,7 @@ from headway.door.caches import PolicyCache, key_visible
 from headway.door.call import AttentionCall, Site
 from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
 from headway.door.stages import CachePolicy
-from headway.errors import ArgumentError, unknown
+from headway.errors import ArgumentError, check_whole, is_number, unknown
 from headway.methods.long_context.recycled_attention.selection import (
     check_scoring,
     has_drifted,
@@ -65,12 +65,10 @@ class RecycledAttention(CachePolicy):
     narrows = frozenset({"decode"})
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ArgumentError(f"budget: got {self.budget}, expected at least 1 key.")
-        if self.stride is not None and self.stride < 1:
-            raise ArgumentError(f"stride: got {self.stride}, expected at least 1 (every step full), or None.")
-        if self.sinks < 0:
-            raise ArgumentError(f"sinks: got {self.sinks}, expected at least 0.")
+        check_whole("budget", self.budget, 1)
+        check_whole("stride", self.stride, 1, optional=True)
+        check_whole("sinks", self.sinks, 0)
+        check_whole("check", self.check, 1)
         # Without a stride, fresh tokens keep to half the budget.
         fresh = max(self.budget // 2, 1) if self.stride is None else self.stride
         needed = fresh + self.sinks
@@ -80,10 +78,8 @@ class RecycledAttention(CachePolicy):
                 f"refreshes plus {self.sinks} sinks and any context; expected more than {needed}. Raise the budget or "
                 "lower the stride."
             )
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise ArgumentError(f"threshold: got {self.threshold}, expected a cosine from -1 to 1, or None.")
-        if self.check < 1:
-            raise ArgumentError(f"check: got {self.check}, expected at least 1 step.")
+        if self.threshold is not None and not (is_number(self.threshold) and -1 <= self.threshold <= 1):
+            raise ArgumentError(f"threshold: got {self.threshold!r}, expected a cosine from -1 to 1, or None.")
         check_scoring(self.pool, self.group)
         for name, valid in (("victim", VICTIMS), ("first", FIRST), ("full_step", FULL_STEPS)):
             if getattr(self, name) not in valid:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, max_pool1d
 
 from headway.door.call import AttentionCall
-from headway.errors import ArgumentError, unknown
+from headway.errors import ArgumentError, check_whole, unknown
 from headway.kernels.dense import normalise
 from headway.kernels.pooling import ranks
 
@@ -126,7 +126,8 @@ def ideal_speedup(tokens: int, budget: int, stride: int) -> float:
 
 
 def check_scoring(pool: int, group: str) -> None:
-    if pool < 1 or pool % 2 == 0:
+    check_whole("pool", pool, 1)
+    if pool % 2 == 0:
         raise ArgumentError(f"pool: got {pool}, expected an odd number of neighbours; 1 is no pooling.")
     if group not in GROUPS:
         raise unknown("group", group, GROUPS)

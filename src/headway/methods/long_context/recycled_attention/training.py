@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.door.call import AttentionCall, Site
 from headway.door.stages import Editor
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, check_whole
 from headway.methods.long_context.recycled_attention.selection import (
     check_scoring,
     key_scores,
@@ -38,8 +38,8 @@ class RecycledTraining(Editor):
     group: str = "max"
 
     def __post_init__(self) -> None:
-        if self.split < 1 or self.budget < 1:
-            raise ArgumentError(f"split, budget: got {self.split}, {self.budget}; expected at least 1 of each.")
+        check_whole("split", self.split, 1)
+        check_whole("budget", self.budget, 1)
         check_scoring(self.pool, self.group)
 
     def acts_at(self, site: Site) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headway.door.call import AttentionCall
+from headway.kernels.weighing import part_of
 
 
 def narrow(call: AttentionCall, index: int, head: int | None = None) -> AttentionCall:
@@ -31,6 +32,9 @@ def narrow(call: AttentionCall, index: int, head: int | None = None) -> Attentio
         mask=part(call.mask, head),
         bias=part(call.bias, head),
         sinks=call.sinks if call.sinks is None or head is None else call.sinks[head : head + 1],
+        weighing=part_of(
+            call.weighing, None if head is None else [head], call.heads, entry=index, batch=call.query.shape[0]
+        ),
         forward=forward,
     )
 

@@ -24,7 +24,7 @@ from headway.door.call import AttentionCall
 from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
 from headway.door.rotary import host_frequencies
 from headway.door.stages import CachePolicy
-from headway.errors import ArgumentError, HostError, unknown
+from headway.errors import ArgumentError, HostError, check_whole, is_number, unknown
 from headway.kernels.rope import Layout
 from headway.methods.long_context.tappa.budget import (
     PREFERENCES,
@@ -77,17 +77,29 @@ class TappaEviction(CachePolicy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.budget <= self.window:
+        check_whole("window", self.window, 1)
+        check_whole("budget", self.budget, 1)
+        if self.budget <= self.window:
             raise ArgumentError(
-                f"budget, window: got {self.budget}, {self.window}; expected a window of at least 1 and a budget above."
+                f"budget, window: got {self.budget}, {self.window}; expected a budget above the window. Raise the one "
+                "or lower the other."
             )
         for name, valid in (("level", LEVELS), ("preference", PREFERENCES), ("pairs", PAIRS), ("stage", STAGES)):
             if getattr(self, name) not in valid:
                 raise unknown(name, getattr(self, name), valid)
-        if self.gamma < 0 or self.pool < 1 or self.pool % 2 == 0:
-            raise ArgumentError(f"gamma, pool: got {self.gamma}, {self.pool}; expected gamma ≥ 0 and an odd pool ≥ 1.")
-        if self.slack is not None and self.slack < 0:
-            raise ArgumentError(f"slack: got {self.slack}, expected 0 or more keys, or None.")
+        check_whole("pool", self.pool, 1)
+        if self.pool % 2 == 0:
+            raise ArgumentError(f"pool: got {self.pool}, expected an odd number of neighbours; 1 is no pooling.")
+        for name in ("gamma", "alpha"):
+            if not (is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ArgumentError(f"{name}: got {getattr(self, name)!r}, expected a number of at least 0.")
+        both = isinstance(self.tau, Sequence) and len(self.tau) == 2
+        if self.tau is not None and not (both and all(is_number(t) and t > 0 for t in self.tau)):
+            raise ArgumentError(
+                f"tau: got {self.tau!r}, expected two temperatures above 0, or None for those of the model type."
+            )
+        check_whole("slack", self.slack, 0, optional=True)
+        check_whole("seed", self.seed, 0)
 
     @property
     def room(self) -> int:

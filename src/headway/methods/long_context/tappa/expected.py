@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.door.call import AttentionCall
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, check_whole, is_number
 from headway.kernels.rope import Layout, as_pairs, check_frequencies, unrotate
 from headway.methods.long_context.tappa.eviction import TappaEviction
 from headway.methods.long_context.tappa.similarity import Stage
@@ -93,11 +93,10 @@ class ExpectedAttention(TappaEviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.future < 1 or self.sinks < 0 or self.epsilon < 0:
-            raise ArgumentError(
-                f"future, sinks, epsilon: got {self.future}, {self.sinks}, {self.epsilon}; expected at least 1 "
-                "position, and 0 or more of the others."
-            )
+        check_whole("future", self.future, 1)
+        check_whole("sinks", self.sinks, 0)
+        if not (is_number(self.epsilon) and self.epsilon >= 0):
+            raise ArgumentError(f"epsilon: got {self.epsilon!r}, expected a number of at least 0.")
         if self.stage != "pre_rope":
             raise ArgumentError(f"stage: got {self.stage!r}, expected 'pre_rope': queries are modelled before RoPE.")
 

@@ -24,6 +24,7 @@ class PatternObserver(Observer):
     and are skipped once a site has a profile."""
 
     reads_weights = True
+    on_text = True
 
     frequencies: Tensor | Mapping[str, Tensor | None] | None = None
     layout: Layout = "half"

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, is_number
 
 #: β of the released scripts.
 BETA = 0.4
@@ -48,5 +48,7 @@ def interpolate(
 
 
 def check_beta(beta: float) -> None:
-    if not 0 <= beta <= 1:
-        raise ArgumentError(f"beta: got {beta}, expected 0 (sinks removed) to 1 (nothing changes); the paper uses 0.4.")
+    if not (is_number(beta) and 0 <= beta <= 1):
+        raise ArgumentError(
+            f"beta: got {beta!r}, expected 0 (sinks removed) to 1 (nothing changes); the paper uses 0.4."
+        )

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headway.errors import ArgumentError, unknown
+from headway.errors import ArgumentError, is_number, unknown
 
 THRESHOLDS = ("absolute", "relative")
 #: Threshold of the released classification and multiple-choice scripts, and α of its length-relative form.
@@ -81,7 +81,7 @@ def first_seen(count: Float[Tensor, "batch *rest keys"]) -> Int[Tensor, batch * 
 def check_threshold(threshold: str, tau: float, alpha: float) -> None:
     if threshold not in THRESHOLDS:
         raise unknown("threshold", threshold, THRESHOLDS)
-    if not 0 < tau < 1:
-        raise ArgumentError(f"tau: got {tau}, expected a mean weight between 0 and 1; the released scripts use 0.1.")
-    if not alpha > 0:
-        raise ArgumentError(f"alpha: got {alpha}, expected a number above 0; α / N is the threshold for N keys.")
+    if not (is_number(tau) and 0 < tau < 1):
+        raise ArgumentError(f"tau: got {tau!r}, expected a mean weight between 0 and 1; the released scripts use 0.1.")
+    if not (is_number(alpha) and alpha > 0):
+        raise ArgumentError(f"alpha: got {alpha!r}, expected a number above 0; α / N is the threshold for N keys.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from headway.door.capture import check_head_indices
 from headway.door.rotary import OTHER_TOWERS
 from headway.door.row_memory import remembered
 from headway.door.stages import Editor
-from headway.errors import ArgumentError, ConflictError, unknown
+from headway.errors import ArgumentError, ConflictError, check_whole, unknown
 from headway.kernels.dense import DEFAULT_BLOCK
 from headway.methods.sinks.act.calibration import BETA, check_beta, redistribute
 from headway.methods.sinks.act.detection import (
@@ -73,8 +73,10 @@ class ACT(Editor):
             raise unknown("scope", self.scope, SCOPES)
         if self.initial not in INITIAL:
             raise unknown("initial", self.initial, INITIAL)
-        if self.least_rows < 1:
-            raise ArgumentError(f"least_rows: got {self.least_rows}, expected at least 1.")
+        check_whole("least_rows", self.least_rows, 1)
+        for pair in self.heads:
+            for name, number in zip(("layer", "head"), pair, strict=True):
+                check_whole(name, number, 0)
         heads = tuple(sorted({(int(layer), int(head)) for layer, head in self.heads}))
         object.__setattr__(self, "heads", heads)
 
@@ -96,7 +98,7 @@ class ACT(Editor):
         known = {site.layer: site for site in own}
         for layer, head in self.heads:
             if sites and layer not in known:
-                raise unknown("layer", layer, sorted(known))
+                raise unknown("layer", layer, _known_layers(known))
             if sites:
                 check_head_indices([head], known[layer])
 
@@ -242,6 +244,13 @@ class _Tally:
             allowed=allowed if count.ndim == 3 else allowed[:, :, None],
         )  # fmt: skip
         return without_first_flagged(found) if act.initial == "first_flagged" else found
+
+
+def _known_layers(layers: Iterable[int]) -> Sequence[int]:
+    """The layers in order: a range where none is left out, so that an error tells its ends alone."""
+    found = sorted(layers)
+    every = range(found[0], found[-1] + 1)
+    return every if len(every) == len(found) else found
 
 
 def in_tower(name: str) -> bool:

@@ -16,7 +16,7 @@ from headway.door.call import AttentionCall
 from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
 from headway.door.rotary import changing_frequencies, host_frequencies
 from headway.door.stages import CachePolicy
-from headway.errors import ArgumentError, HostError, unknown
+from headway.errors import ArgumentError, HostError, check_whole, unknown
 from headway.kernels.rope import Layout, rotate
 from headway.methods.sinks.streaming_llm.store import StreamingLayer
 
@@ -47,16 +47,13 @@ class StreamingLLM(CachePolicy):
     rebase_at: int | None = None
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.window < 1:
-            raise ArgumentError(f"sinks, window: got {self.sinks}, {self.window}; expected sinks ≥ 0 and window ≥ 1.")
+        check_whole("sinks", self.sinks, 0)
+        check_whole("window", self.window, 1)
+        check_whole("rebase_at", self.rebase_at, 2 * self.capacity, optional=True)
         if self.positions not in ("cache", "text"):
             raise unknown("positions", self.positions, ("cache", "text"))
         if self.evict not in ("after", "before"):
             raise unknown("evict", self.evict, ("after", "before"))
-        if self.rebase_at is not None and self.rebase_at < 2 * self.capacity:
-            raise ArgumentError(
-                f"rebase_at: got {self.rebase_at}, expected at least {2 * self.capacity}, twice sinks + window."
-            )
 
     @property
     def capacity(self) -> int:
