@@ -218,8 +218,6 @@ def test_a_part_of_a_weighing_is_that_part_of_its_weights(heads, entry):
     part = part_of(Scaled(), heads, 4, entry=entry, batch=2)
     assert isinstance(part, PartWeighing)
     one = slice(entry, entry + 1)
-    found = part(
-        logits[one][:, heads], visible, positions=at, query=query[one][:, heads], key=key[one][:, heads]
-    )
+    found = part(logits[one][:, heads], visible, positions=at, query=query[one][:, heads], key=key[one][:, heads])
     torch.testing.assert_close(found, whole[one][:, heads])
     assert part_of(Scaled(), None, 4).__class__ is Scaled

@@ -158,7 +158,9 @@ def train_all(
 
 def stream_losses(sizes: tuple[int, ...], *, streams: int, tokens: int, generator: torch.Generator) -> dict[str, Any]:
     """Mean loss per stream and chunk size of a one-layer memory that learns a fixed linear map from unit keys, and the
-    largest loss of bounded and of constant step sizes where one key comes over and over."""
+    largest loss over the first: of bounded and of constant step sizes where one key comes over and over ("bounded",
+    "constant"), and of bounded ones on the random keys, with the same momentum at every token ("random") and with one
+    drawn from (0, 1) for each ("varying")."""
     dim = 16
     truth = torch.randn(streams, 1, dim, dim, generator=generator) / dim**0.5
     key = normalize(torch.randn(streams, 1, tokens, dim, generator=generator), dim=-1)
@@ -170,14 +172,21 @@ def stream_losses(sizes: tuple[int, ...], *, streams: int, tokens: int, generato
         found = deep_memory(key, key, value, _gates(key, 0.1, 0.0), net, chunk=size, inspect=True)
         assert found.loss is not None
         by_size[str(size)] = found.loss.mean((1, 2)).tolist()
-    same = normalize(torch.ones(streams, 1, tokens, dim), dim=-1)
+    ones = torch.ones(streams, 1, tokens, dim)
+    same = normalize(ones, dim=-1)
     worst = {
-        rule: {str(size): _largest(same, net, size, theta(size)) for size in sizes}
+        rule: {str(size): _largest(same, ones, net, size, theta(size)) for size in sizes}
         for rule, theta in {
-            "bounded": lambda size: (1 - ETA) / size,
-            "constant": lambda size: CONSTANT_THETA,
+            "bounded": lambda size: _gates(same, (1 - ETA) / size, ETA),
+            "constant": lambda size: _gates(same, CONSTANT_THETA, ETA),
         }.items()
     }
+    eta = torch.rand(key.shape[:3], generator=generator)
+    for rule, momentum in {"random": torch.full_like(eta, ETA), "varying": eta}.items():
+        worst[rule] = {
+            str(size): _largest(key, value, net, size, Gates((1 - momentum) / size, momentum, torch.zeros_like(eta)))
+            for size in sizes
+        }
     return {"mean loss": by_size, "largest loss over the first": worst}
 
 
@@ -190,12 +199,11 @@ def _gates(like: Tensor, theta: float, eta: float) -> Gates:
     return Gates(theta * ones, eta * ones, 0.0 * ones)
 
 
-def _largest(key: Tensor, net: MemoryNet, size: int, theta: float) -> float:
-    """The largest loss over that of the first token; infinite where the memory blows up."""
-    value = torch.ones_like(key)
+def _largest(key: Tensor, value: Tensor, net: MemoryNet, size: int, gates: Gates) -> float:
+    """The largest loss over the mean one of first tokens; infinite where the memory blows up."""
     try:
-        found = deep_memory(key, key, value, _gates(key, theta, ETA), net, chunk=size, inspect=True)
+        found = deep_memory(key, key, value, gates, net, chunk=size, inspect=True)
     except NumericError:
         return float("inf")
     assert found.loss is not None
-    return float(found.loss.max() / found.loss[..., 0].min())
+    return float(found.loss.max() / found.loss[..., 0].mean())

@@ -37,9 +37,12 @@ class MemoryOptions:
     head ("scalar") or per output of each layer ("channel"). read: "after" or "before" the token itself is learned.
     residual: M(x) = x + norm(…); None says yes from two layers on.
 
-    stability bounds θ by step × a factor: "chunk" (1 − η) / chunk, with which a one-layer memory of unit keys is stable
-    for step ≤ 1 whatever it reads; "momentum" (1 − η), for keys that do not repeat within a chunk; "mean" 1 / chunk,
-    the mean gradient of the chunk; "none" 1. clip: longest gradient at the network's output of one token.
+    stability bounds θ by step × a factor: "chunk" (1 − η) / chunk; "momentum" (1 − η), for keys that do not repeat
+    within a chunk; "mean" 1 / chunk, the mean gradient of the chunk; "none" 1. With "chunk" and step ≤ 1 a one-layer
+    memory of unit keys is stable whatever it reads without momentum, and with a momentum that stays the same where one
+    key repeats. It is no bound where both vary: a step that a small η allows is carried on by a large η of later
+    tokens, and with random keys and η the loss grew without end at chunk 1 (`clip` holds it back). clip: longest
+    gradient at the network's output of one token.
     momentum, forgetting: False holds η or α at zero, for ablations."""
 
     depth: int = 2

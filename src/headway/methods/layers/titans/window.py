@@ -99,7 +99,9 @@ class WindowAttention(nn.Module):
             return _attend(query, keys, values, visible(), self.attend.scaling, explicit=mode == "reference")
 
         watched = self.attend.watched
-        found = self.attend(query, keys, values, native=native, visible=visible() if watched else None, front=self._learned)
+        found = self.attend(
+            query, keys, values, native=native, visible=visible() if watched else None, front=self._learned
+        )
         found = found.transpose(1, 2).flatten(2)
         if tensors is None or after is None:
             return found, None
