@@ -29,8 +29,8 @@ KNOWN_KEYWORDS = frozenset(
     {
         "scaling", "scale", "softmax_scale", "is_causal", "softcap", "s_aux", "sliding_window", "position_bias",
         "dropout", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "use_cache",
-        "weighing", "native", "front", "piece", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-        "num_items_in_batch",
+        "weighing", "native", "front", "piece", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+        "max_length_k", "num_items_in_batch",
     }
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The text of a call: without the keys that stand in front of it, and with the pieces in which a module reads it joined.
+"""The text of a call: without the keys in front of it, and with the pieces in which a module reads it joined.
 
     w_ij = e^{s_ij} / (e^{f_i} + Σ_{j in text} e^{s_ij}) ,   f_i = ln Σ_{j in front} e^{s_ij}
 
