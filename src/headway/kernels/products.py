@@ -4,8 +4,9 @@
 
 On a CPU PyTorch gives float32 products to MKL, which does not use AVX-512 on every processor that has it. oneDNN, which
 PyTorch carries for its compiler, does; a factor of two was seen on an AMD Zen 5. It is taken where it can be: AVX-512,
-one contiguous float32 matrix, outside of autograd, large enough; several such are taken one by one. Everything else goes
-the usual way, which was the faster by 1.4 on an AMD processor with AVX2 alone. Both give the same numbers up to rounding.
+one contiguous float32 matrix, outside of autograd, large enough; several such are taken one by one. Everything else
+goes the usual way, which was faster by 1.4 on an AMD processor with AVX2 alone. Both give the same numbers up to
+rounding.
 """
 
 from __future__ import annotations
