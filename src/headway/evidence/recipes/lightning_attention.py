@@ -80,7 +80,8 @@ def _slope(context: Context, name: str, lengths: list[int], times: list[list[flo
 def _forward_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
     lengths, lightning, softmax = found["lengths"], found["lightning"], found["softmax"]
     medians = {name: [float(np.median(t)) for t in found[name]] for name in ("lightning", "softmax")}
-    speeds = [n / t for n, t in zip(lengths, medians["lightning"], strict=True)]
+    times = medians["lightning"]
+    speeds = [n / t for n, t in zip(lengths, times, strict=True)]
     asked = max(i for i, n in enumerate(lengths) if n <= costs.LONG)
     pairs = min(len(lightning[asked]), len(softmax[asked]))
     ratio = bootstrap_ratio(
@@ -118,6 +119,9 @@ def _forward_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             ),
             measured=Measurement(max(speeds) / min(speeds), n=len(speeds), unit="×"),
             criterion=CRITERIA["steady"],
+            notes="The heads are few, so the part of a call that does not depend on its length weighs most here: a "
+            f"straight line through the times leaves {_constant_part(lengths, times):.2f} ms of it, beside "
+            f"{times[0]:.2f} ms for a whole call of {lengths[0]:,} tokens.",
             details={"lengths": lengths, "tokens per ms": speeds},
         ),
         Claim(
@@ -130,6 +134,11 @@ def _forward_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             details=details,
         ),
     ]
+
+
+def _constant_part(lengths: list[int], milliseconds: list[float]) -> float:
+    """Where a straight line through the times meets length zero; every time counts relative to its size."""
+    return float(np.polynomial.Polynomial.fit(lengths, milliseconds, 1, w=1 / np.array(milliseconds)).convert().coef[0])
 
 
 def _backward_claim(context: Context, found: dict[str, Any]) -> Claim:
@@ -162,6 +171,8 @@ def _training_claim(context: Context, found: dict[str, Any]) -> Claim:
         measured=_slope(context, "training", found["lengths"], found["lightning"]),
         baseline=_slope(context, "training softmax", found["lengths"], found["softmax"]),
         criterion=CRITERIA["training"],
+        notes="Small steps cost more per token, for what a step does besides tokens is shared by fewer of them: a "
+        "negative slope is that share. One run of each length is the unit of the interval.",
         details={
             "lengths": found["lengths"],
             "milliseconds": {n: [float(np.median(t)) for t in found[n]] for n in ("lightning", "softmax")},
@@ -190,6 +201,7 @@ def _decoding_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             measured=_far_over_near(context, "lightning", ours),
             baseline=_far_over_near(context, "softmax", theirs),
             criterion=CRITERIA["decode-time"],
+            notes="A step takes about a millisecond, most of it calls of small products; one pair of runs is the unit.",
             details={"lightning": ours, "softmax": theirs},
         ),
     ]

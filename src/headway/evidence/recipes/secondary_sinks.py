@@ -287,6 +287,8 @@ def _planted_claims(planted: list[dict[str, Any]], seeds: list[int], context: Co
             measured=mean("early", ratios(0), "×"),
             others={"late": mean("late", ratios(1), "×")},
             criterion=CRITERIA["planted-lifetime"],
+            notes="A lifetime is counted in whole layers and the law is not: with sinks that live four to eight layers "
+            "one layer is 12 to 25 % of it.",
             details={"lifetimes": [row["lifetimes"] for row in planted]},
         ),
         Claim(
@@ -303,6 +305,8 @@ def _planted_claims(planted: list[dict[str, Any]], seeds: list[int], context: Co
             paper=PaperValue("the norm decides the lifetime", "norm intervention", ""),
             measured=mean("lifetime", ranks("lifetime")),
             criterion=CRITERIA["lifetime-rises-with-norm"],
+            notes="Norms that differ little give the same whole number of layers, and ties keep the rank correlation "
+            "below one.",
         ),
         Claim(
             id="clamping-removes-the-sink",
