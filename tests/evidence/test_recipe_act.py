@@ -46,7 +46,7 @@ def test_the_questions_of_search_and_report_are_told(smoke):
 def test_every_answer_of_the_toy_can_be_known():
     batch = toy.recall_batch(40, torch.Generator().manual_seed(0))
     assert batch.ids.shape == (40, toy.LENGTH)
-    assert int((batch.ids == toy.MARKER).sum()) == 40 * len(toy.MARKED_PAIRS)
+    assert (batch.ids == toy.MARKER).nonzero()[:, 1].tolist() == list(toy.MARKER_PLACES) * 40
     for row, answers in zip(batch.ids.tolist(), batch.answers.tolist(), strict=True):
         pairs = [token - toy.PAIR for token in row if toy.PAIR <= token < toy.ASK]
         values = {pair // toy.VALUES: pair % toy.VALUES for pair in pairs}
@@ -81,6 +81,11 @@ def test_a_plant_leaves_its_heads_something_to_give_back():
         with torch.no_grad(), headway.use(model, toy.PlantedSinks(heads=[head], strength=limit[head]), read):
             model(input_ids=batch.ids)
         assert float(read.shares[0][:, head[1]].median()) == pytest.approx(1 - planting.LEFT, abs=1e-4)
+
+
+def test_the_largest_rise_of_a_curve_is_found():
+    assert recipe._rises([[1.0, 0.9, 0.2], [0.5, 0.75, 0.0]]) == pytest.approx(0.25)
+    assert recipe._rises([[1.0, 0.9, 0.2]]) == pytest.approx(-0.1)
 
 
 def test_every_plant_fulfils_its_conditions():

@@ -102,13 +102,27 @@ def test_trained_toys_with_wrong_gates_are_caught(smoke, tmp_path):
 
     context = Context(size="small", seed=0, out=tmp_path)
     gates = np.linspace(0, 1, 12).reshape(3, 4).tolist()
-    toy = {"gates": gates, "effects": gates, "full": 1.0, "learned": 0.99, "inverted": 0.1, "random": 0.5, "none": 0.1}
+    toy = {"gates": gates, "effects": gates, "full": 1.0, "learned": 0.99, "inverted": 0.1, "random": 0.5, "none": 0.1,
+           "rounds": 1}  # fmt: skip
     assert [found.verdict for found in trained_claims(context, [toy] * 4)] == ["holds"] * 3
     wrong = toy | {"learned": 0.4, "effects": [row[::-1] for row in gates[::-1]]}
     assert [found.verdict for found in trained_claims(context, [wrong] * 4)] == ["fails"] * 3
     for unlearned in ({"full": 0.9}, {"none": 0.4}):
         found = trained_claims(context, [toy | unlearned] * 4)
         assert [one.verdict for one in found] == ["inconclusive"] * 3
+
+
+@pytest.mark.parametrize(("answers", "rounds"), [((0.99,), 1), ((0.3, 0.98, 1.0), 3), ((0.3,) * 9, trained.ROUNDS)])
+def test_a_decoder_that_has_not_learned_gets_another_round(monkeypatch, answers, rounds):
+    right, fitted = iter(answers), []
+    monkeypatch.setattr(trained, "recalled", lambda *_: next(right))
+    monkeypatch.setattr(trained, "fit", lambda model, loss, **options: fitted.append(options["steps"]))
+    assert trained.trained(7, torch.Generator().manual_seed(0))[1] == rounds
+    assert fitted == [7] * rounds
+
+
+def test_means_by_thirds_of_the_layers_are_in_their_order():
+    assert recipe._thirds([[0.0, 0.2], [0.5, 0.5], [1.0, 0.0], [1.0, 1.0], [0.25, 0.25]]) == "0.30, 0.75, 0.25"
 
 
 def test_random_heads_answer_between_learned_and_inverted_ones():
@@ -146,7 +160,7 @@ def test_filler_follows_its_rule_where_it_says_so():
 
 def test_effects_are_those_of_heads_that_reach_far():
     """A head whose output projection is cut has none."""
-    model = trained.trained(3, torch.Generator().manual_seed(0))
+    model, _ = trained.trained(3, torch.Generator().manual_seed(0))
     batch = trained.recall_batch(8, torch.Generator().manual_seed(1))
     dim = trained.WIDTH // trained.HEADS
     with torch.no_grad():

@@ -25,7 +25,11 @@ def test_the_recipe_of_the_paper_carries_them():
 def test_every_budget_holds_as_many_bytes(tmp_path):
     ready = budgets._ready(context(tmp_path), 2, 56)
     found = budgets._continuation(lambda: ready, 0, 48, 16, 4)
-    assert set(found["loss"]) == {"dense", "heads", *budgets.BUDGETS, *budgets.OTHERS}
+    swept = {"alpha_0.25", "alpha_4"}
+    assert set(found["loss"]) == {"dense", "heads", *swept, *budgets.BUDGETS, *budgets.OTHERS}
+    # Budgets are shared out among layers: what one has more another has less.
+    assert {name: sum(keys) for name, keys in found["keys"].items()} == {"similarity": 64, "inverted": 64}
+    assert len(set(found["keys"]["similarity"])) > 1
     assert {name: ratio for name, ratio in found["bytes"].items() if ratio != 1} == {
         "duo_attention": found["bytes"]["duo_attention"]
     }
@@ -51,7 +55,9 @@ def test_passages_are_from_all_over_a_text():
 
 
 def part(**losses):
-    return {"loss": losses, "bytes": {"similarity": 1.0}, "prompt": 8, "budget": 4, "window": 2, "tokens": 3}
+    keys = {"similarity": [3.0, 5.0], "inverted": [5.0, 3.0]}
+    return {"loss": losses, "bytes": {"similarity": 1.0}, "keys": keys, "prompt": 8, "budget": 4, "window": 2,
+            "tokens": 3}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,7 @@ def part(**losses):
     ],
 )
 def test_a_budget_fails_only_where_the_interval_says_so(tmp_path, gaps, verdict):
-    names = ("dense", "heads", *budgets.BUDGETS, *budgets.OTHERS)
+    names = ("dense", "heads", "alpha_0.25", "alpha_4", *budgets.BUDGETS, *budgets.OTHERS)
     parts = [part(**dict.fromkeys(names, 2.0) | {"similarity": 2.0 + gap}) for gap in gaps]
     found = {c.id: c for c in (*budgets._budget_claims(context(tmp_path), parts),
                                *budgets._other_claims(context(tmp_path), parts))}  # fmt: skip
@@ -115,6 +121,26 @@ def test_pruned_models_are_judged_on_text_that_was_not_measured_on(tmp_path, mon
     assert not any(torch.equal(chunk[0, :8], text[:8]) for chunk in measured for text in judged[0])
     assert all(sorted(order) == [0, 1, 2, 3] for order in found["orders"].values())
     assert all(np.isfinite(values).all() for by in found["loss"].values() for values in by.values())
+
+
+@pytest.mark.parametrize(("odd", "verdict"), [(2.5, "holds"), (1.0, "inconclusive")])
+def test_one_lucky_draw_of_layers_is_told_from_a_rule(tmp_path, odd, verdict):
+    """The loss under each of three draws, the same on all passages: the interval over draws knows the odd one."""
+    losses = {"similarity": 2.1, "influence": 2.0, "random_0": 2.5, "random_1": 2.6, "random_2": odd}
+    found = {
+        "dense": [1.5] * 6,
+        "loss": {name: {"3": [loss] * 6} for name, loss in losses.items()},
+        "by beta": {"0.1": {"3": [1.9] * 6}},
+        "attention only": {"3": 1.0},
+        "orders": {},
+        "influence": [0.9, 0.1, 0.2],
+        "similarity": [0.7, 0.8, 0.75],
+    }
+    pruning, drawn = applications._pruning_claims(context(tmp_path), found)
+    assert (pruning.verdict, drawn.verdict) == ("fails", verdict)
+    assert pruning.others["beta_0.1"].value == pytest.approx(-0.1)
+    assert drawn.measured.value == pytest.approx((0.5 + 0.6 + odd - 2) / 3)
+    assert "median influence is 0.125 of its own range" in pruning.notes
 
 
 def test_the_loss_without_layers_is_that_of_a_model_without_them():

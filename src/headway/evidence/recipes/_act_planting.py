@@ -53,8 +53,9 @@ def repaired(seed: int, steps: int, search: int, fresh: int) -> dict[str, Any]:
         chosen = found.ranking()[:size]
         damaged = float(toy.recalled(model, judged).mean())
 
-        def recovered(heads: Sequence[toy.Head], beta: float) -> float:
-            return (float(_shares(model, judged, _act(heads, beta)).mean()) - damaged) / (clean - damaged)
+        def recovered(heads: Sequence[toy.Head], beta: float, candidates: Sequence[int] | None = None) -> float:
+            found = float(_shares(model, judged, _act(heads, beta, candidates)).mean())
+            return (found - damaged) / (clean - damaged)
 
         others = [head for head in toy.every_head() if head not in planted.heads]
         sets = list(itertools.combinations(others, size))
@@ -68,6 +69,7 @@ def repaired(seed: int, steps: int, search: int, fresh: int) -> dict[str, Any]:
             "selected": found.selected,
             "recall": len(set(chosen) & set(planted.heads)) / size,
             "recovered": {beta: recovered(chosen, beta) for beta in BETAS},
+            "from_markers": {beta: recovered(chosen, beta, toy.MARKER_PLACES) for beta in BETAS},
             "random": [recovered(sets[i], BETA) for i in picked],
             "errors": [_error_ratios(model, judged, head) for head in planted.heads],
             "difference_at_1": float((_logits(model, judged, _act(chosen, 1.0)) - _logits(model, judged)).abs().max()),
@@ -114,8 +116,8 @@ def strongest(model: Any, batch: toy.Recall) -> dict[toy.Head, float]:
     }
 
 
-def _act(heads: Sequence[toy.Head], beta: float) -> ACT:
-    return ACT(heads=heads, beta=beta, threshold=THRESHOLD)
+def _act(heads: Sequence[toy.Head], beta: float, candidates: Sequence[int] | None = None) -> ACT:
+    return ACT(heads=heads, beta=beta, threshold=THRESHOLD, candidates=candidates)
 
 
 def _damage(model: Any, batch: toy.Recall, heads: Sequence[toy.Head], strength: float) -> float:

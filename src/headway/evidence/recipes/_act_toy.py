@@ -27,6 +27,8 @@ ANSWER = ASK + KEYS
 VOCABULARY = ANSWER + VALUES
 #: Pairs before which the markers stand, and questions after the last pair.
 MARKED_PAIRS, QUESTIONS = (2, 4), 15
+#: Where the markers stand in every sequence.
+MARKER_PLACES = tuple(1 + pairs + number for number, pairs in enumerate(MARKED_PAIRS))
 LENGTH = 1 + KEYS + len(MARKED_PAIRS) + QUESTIONS
 LAYERS, HEADS, WIDTH = 2, 4, 64
 BATCH, RATE = 64, 3e-3

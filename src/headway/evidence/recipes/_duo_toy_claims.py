@@ -87,7 +87,8 @@ def trained_claims(context: Context, toys: Sequence[dict[str, Any]]) -> list[Cla
             criterion=TOY_CRITERIA["trained-accuracy"],
             others=several | gate,
             notes=f"{trained.LAYERS} layers of {trained.HEADS} KV heads, trained on lookups and on filler that follows "
-            "a rule of two tokens; nothing says how many heads retrieve.",
+            "a rule of two tokens; nothing says how many heads retrieve. "
+            f"{_rounds_note(toys)}",
             details={"toys": list(toys)},
         ),
         Claim(
@@ -97,7 +98,8 @@ def trained_claims(context: Context, toys: Sequence[dict[str, Any]]) -> list[Cla
             measured=difference("random"),
             criterion=TOY_CRITERIA["trained-against-random"],
             others=several | gate,
-            notes=f"Mean of {trained.RANDOM_DRAWS} random choices per decoder.",
+            notes=f"Mean of {trained.RANDOM_DRAWS} random choices per decoder. By decoder the learned heads are right "
+            f"in {_listed(toys, 'learned')}, the random ones in {_listed(toys, 'random')}.",
         ),
         Claim(
             id="trained-ablation",
@@ -107,9 +109,24 @@ def trained_claims(context: Context, toys: Sequence[dict[str, Any]]) -> list[Cla
             measured=rank_correlation(gates, effects, generator=random),
             criterion=TOY_CRITERIA["trained-ablation"],
             others=gate,
+            notes=f"All {len(gates)} heads of {len(toys)} decoders together; "
+            f"{sum(x > 0.5 for x in gates)} have a gate above a half.",
             details={"gates": gates, "effects": effects},
         ),
     ]
+
+
+def _rounds_note(toys: Sequence[dict[str, Any]]) -> str:
+    rounds = ", ".join(str(toy["rounds"]) for toy in toys)
+    return (
+        f"Trained in rounds until {trained.LEARNED:.0%} of held-out answers are right, {trained.ROUNDS} at most; here "
+        f"{rounds}. With one round for all, one decoder of four was in the middle of learning (27 % right) and the "
+        "gate was not met."
+    )
+
+
+def _listed(toys: Sequence[dict[str, Any]], name: str) -> str:
+    return ", ".join(f"{toy[name]:.2f}" for toy in toys)
 
 
 def planted_heads_claim(toys: Sequence[dict[str, Any]]) -> Claim:

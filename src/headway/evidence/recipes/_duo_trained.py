@@ -36,6 +36,8 @@ LENGTH = 1 + FACTS + GAP + ASKING
 RULE = 0.9
 LAYERS, HEADS, WIDTH = 3, 4, 64
 BATCH, RATE = 32, 3e-3
+#: Training goes on, a whole schedule at a time, until so many of the answers to `HELD` sequences are right.
+LEARNED, ROUNDS, HELD = 0.99, 4, 100
 GATE_RATE, SPARSITY, RANDOM_DRAWS = 0.05, 0.5, 3
 
 
@@ -69,8 +71,12 @@ def recall_batch(count: int, generator: torch.Generator) -> Recall:
     )
 
 
-def trained(steps: int, generator: torch.Generator) -> Any:
-    """A decoder trained on fresh sequences; the loss is that of answers plus that of filler."""
+def trained(steps: int, generator: torch.Generator) -> tuple[Any, int]:
+    """A decoder trained on fresh sequences, and the rounds of `steps` it took; the loss is that of answers plus that
+    of filler.
+
+    When it begins to look back differs from decoder to decoder; one that has not learned gets another round, and at
+    most `ROUNDS`."""
 
     def loss(model: Any) -> Tensor:
         batch = recall_batch(BATCH, generator)
@@ -82,20 +88,28 @@ def trained(steps: int, generator: torch.Generator) -> Any:
         vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, positions=2 * LENGTH, generator=generator,
         first=0,
     )  # fmt: skip
-    return fit(model, loss, steps=steps, rate=RATE)
+    held = recall_batch(HELD, generator)
+    rounds = 0
+    while rounds < ROUNDS:
+        fit(model, loss, steps=steps, rate=RATE)
+        rounds += 1
+        if recalled(model, held) >= LEARNED:
+            break
+    return model, rounds
 
 
 def run(seed: int, steps: int, gate_steps: int, count: int) -> dict[str, Any]:
     """One decoder: what it has learned, the gates it gets, the accuracy of each choice of heads on `count` fresh
     sequences, and how far each head alone moves the answers."""
     generator = torch.Generator().manual_seed(seed)
-    model = trained(steps, generator)
+    model, rounds = trained(steps, generator)
     batch = recall_batch(count, generator)
     gates = learn_gates(model, partial(_sample, seed), steps=gate_steps, learning_rate=GATE_RATE, **REACH).gates.values
     accuracy = partial(_accuracy, model, batch)
     random = [accuracy(torch.rand(gates.shape, generator=generator)) for _ in range(RANDOM_DRAWS)]
     return {
         "gates": gates,
+        "rounds": rounds,
         "full": recalled(model, batch),
         "local": _follows_rule(model, batch),
         "learned": accuracy(gates),
