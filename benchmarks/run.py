@@ -26,6 +26,7 @@ from benchmarks import (
     inline,
     lightning,
     local_linear,
+    models,
     normalizers,
     plan,
     posir,
@@ -69,33 +70,24 @@ def captured(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 
 def capture_4096() -> None:
     """Sinks, entropy, received mass and distances of all 270 heads at 4,096 tokens, against the plain SDPA forward."""
-    model, ids = host(4096)
-    settings = {"model": "smollm2", "tokens": 4096, "what": CAPTURED, "dtype": "float32"}
-    labels = ("capture", "plain SDPA forward")
-    compare(
-        "capture_4096",
-        captured(model, ids),
-        plain(model, ids),
-        labels=labels,
-        repeats=3,
-        memory=True,
-        settings=settings,
-    )
+    _capture(4096)
 
 
 def capture_2048() -> None:
     """The same at 2,048 tokens, to stand beside the usual way."""
-    model, ids = host(2048)
-    settings = {"model": "smollm2", "tokens": 2048, "what": CAPTURED, "dtype": "float32"}
-    labels = ("capture", "plain SDPA forward")
+    _capture(2048)
+
+
+def _capture(tokens: int) -> None:
+    model, ids = host(tokens)
     compare(
-        "capture_2048",
+        f"capture_{tokens}",
         captured(model, ids),
         plain(model, ids),
-        labels=labels,
+        labels=("capture", "plain SDPA forward"),
         repeats=3,
         memory=True,
-        settings=settings,
+        settings={"model": "smollm2", "tokens": tokens, "what": CAPTURED, "dtype": "float32"},
     )
 
 
@@ -270,7 +262,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
         local_linear.local_linear_decode, local_linear.local_linear_solvers,
         inline.inline_grids, inline.inline_vit, inline.inline_causal, inline.inline_decode, inline.inline_residual,
         normalizers.normalizer_forward, normalizers.normalizer_training, normalizers.normalizer_explicit,
-        normalizers.normalizer_decode,
+        normalizers.normalizer_decode, models.model_training,
         influence.influence_scoring, anchors.anchors_suppression, posir.posir_saliency,
         plan.plan_check, ruler.ruler_dense,
     )
