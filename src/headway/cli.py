@@ -335,7 +335,8 @@ def train_lm(
         str,
         typer.Option(
             help="default (a built-in text), a folder of `headway data tokenize`, a text file or folder, or a "
-            "generated task: recall, key-value, copy, state; with settings: recall:pairs=4,gap=64."
+            "generated task: recall, key-value, copy, state, piecewise-regression; with settings: "
+            "recall:pairs=4,gap=64."
         ),
     ] = "default",
     tokenizer: Annotated[str, typer.Option(help="For texts: bytes, a folder, a hub id, or smollm2.")] = "bytes",

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 import headway
 from headway.cli import app
 from headway.errors import ArgumentError
-from headway.lab.train_data import parse_settings, parse_value
+from headway.lab.train_data import VALIDATION, parse_settings, parse_value
 from headway.train import images, read_log
 from headway.train.images import Images
+from headway.train.regression import PiecewiseRegression, regression_loss
 from tests.look.tiny import TEXT
 
 SMALL = ["--width", "16", "--layers", "2", "--heads", "2", "--batch", "2", "--steps", "6"]
@@ -58,26 +59,96 @@ def test_what_was_trained_can_be_looked_at(trained, text, tmp_path):
     assert (page / "look.html").stat().st_size > 10_000
 
 
-def test_a_run_that_was_interrupted_goes_on_with_resume(tmp_path, text, monkeypatch, trained):
+@pytest.fixture
+def at_step_3(monkeypatch):
+    """Ctrl-C behind the third step of the first run; runs after it are left alone."""
     from headway.train import stepping
 
-    out = tmp_path / "run"
-    options = ["train", "lm", "--data", text, "--tokens", 48, "--out", out, *SMALL]
     step = stepping.Stepper.step
 
     def interrupted(self, run, callbacks):
         step(self, run, callbacks)
         if run.step == 3:
+            monkeypatch.setattr(stepping.Stepper, "step", step)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(stepping.Stepper, "step", interrupted)
+    return lambda: monkeypatch.setattr(stepping.Stepper, "step", interrupted)
+
+
+def goes_on_with_resume(options, out, whole, interrupt) -> None:
+    """The command, interrupted and resumed, logs the losses of the run in `whole`."""
+    options = [*options, "--out", out]
+    interrupt()
     assert CliRunner().invoke(app, [*map(str, options)]).exit_code != 0
-    monkeypatch.setattr(stepping.Stepper, "step", step)
     assert len(read_log(out)) == 3
     with pytest.raises(ArgumentError, match="holds a run already"):
         call(*options)
     call(*options, "--resume")
-    assert [row["loss"] for row in read_log(out)] == [row["loss"] for row in read_log(trained[0])]
+    losses = [[row["loss"] for row in read_log(folder)] for folder in (out, whole)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == len(losses[0]) > 3
+
+
+def test_a_run_that_was_interrupted_goes_on_with_resume(tmp_path, text, trained, at_step_3):
+    options = ["train", "lm", "--data", text, "--tokens", 48, *SMALL]
+    goes_on_with_resume(options, tmp_path / "run", trained[0], at_step_3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "recall:pairs=2,gap=2",
+        "key-value:pairs=2",
+        "copy:count=4",
+        "state:group=S3,count=8",
+        "piecewise-regression:dim=2,segments=2,per_segment=4,queries=2",
+    ],
+)
+def test_every_generated_task_trains_and_goes_on(tmp_path, data, at_step_3):
+    options = ["train", "lm", "--mixer", "lightning", "--data", data, *SMALL]
+    whole = tmp_path / "whole"
+    facts = json.loads(call(*options, "--out", whole, "--json"))
+    assert facts["data"].startswith(data.split(":")[0])
+    assert "validation_loss" in facts
+    goes_on_with_resume(options, tmp_path / "run", whole, at_step_3)
+
+
+def test_images_go_on_with_resume(tmp_path, monkeypatch, at_step_3):
+    pixels = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    made = Images(name="made", source="here", pixels=pixels, labels=torch.arange(60) % 3, classes=3)
+    monkeypatch.setattr(images, "load_images", lambda name: made)
+    options = ["train", "vit", "--patch", 2, "--width", 16, "--heads", 2, "--batch", 8, "--steps", 6]
+    call(*options, "--out", tmp_path / "whole")
+    goes_on_with_resume(options, tmp_path / "run", tmp_path / "whole", at_step_3)
+
+
+def test_regression_trains_a_model_of_numbers_that_loads_and_passes_the_door(tmp_path):
+    """Judged by the error of answering zero; a look, which reads texts, says that it cannot."""
+    out = tmp_path / "run"
+    data = "piecewise-regression:dim=2,segments=1,per_segment=12,queries=4,noise=0"
+    printed = call(
+        "train", "lm", "--mixer", "local_linear", "--option", "position=none", "--data", data, "--width", "16",
+        "--layers", "1", "--heads", "2", "--batch", "32", "--steps", "80", "--learning-rate", "1e-2", "--out", out,
+    )  # fmt: skip
+    assert "(an answer of zero: 0.5000)" in printed
+    facts = json.loads((out / "train.json").read_text())
+    assert facts["sequences"] == 80 * 32
+    assert facts["chance"] == 0.5
+    assert facts["validation_loss"] < 0.3
+    model, processor = headway.load(out)
+    assert processor is None
+    task = PiecewiseRegression(dim=2, segments=1, per_segment=12, queries=4, noise=0.0, rows=32)
+    rows = task.held_out(VALIDATION)
+    with torch.no_grad(), headway.capture(model, what=("weights",)) as captured:
+        losses = [float(regression_loss(model, batch).value) for batch in rows]
+    assert sum(losses) / VALIDATION == pytest.approx(facts["validation_loss"], rel=1e-4)
+    (site,) = captured.result()
+    weights = captured.result().calls(site)[0]["weights"]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(32, 2, 16))
+    with pytest.raises(ArgumentError, match=r"numbers: got shape \(1, 3, 4\), expected \(batch, tokens, 5\)"):
+        model(torch.zeros(1, 3, 4))
+    with pytest.raises(ArgumentError, match="does not read text; choose a text model"):
+        call("look", out, "--out", tmp_path / "look")
 
 
 def test_token_files_are_made_once_and_used(tmp_path, text):
@@ -153,6 +224,8 @@ def test_an_image_classifier_comes_back_with_what_prepares_its_images(tmp_path, 
         (["--heads", "3"], "--heads: got 3, expected a number that divides the width 128"),
         (["--data", "recal"], "data: got 'recal'.* Did you mean 'recall'.*Or give a file"),
         (["--data", "copy:counts=3"], "data copy: got 'counts'.* Did you mean 'count'"),
+        (["--data", "piecewise-regression:dims=3"], "data piecewise-regression: got 'dims'.* Did you mean 'dim'"),
+        (["--data", "piecewise-regresion"], "data: got 'piecewise-regresion'.* Did you mean 'piecewise-regression'"),
         (["--data", "copy:count"], "data: got 'count', expected name=value"),
         (["--schedule", "cosin"], "Did you mean 'cosine'"),
         (["--optimizer", "adam"], "--optimizer: got 'adam'.* Did you mean 'adamw'"),

@@ -39,6 +39,9 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         frames = 2 * int(_field(config, "max_source_positions", 1500))
         inputs["input_features"] = torch.zeros(1, int(config.num_mel_bins), frames, dtype=dtype, device=device)
         inputs.pop("input_ids", None)
+    if main == "numbers":
+        count = EXAMPLE_TOKENS * int(config.inputs)
+        inputs["numbers"] = torch.linspace(-1, 1, count, dtype=dtype, device=device).sin().view(1, EXAMPLE_TOKENS, -1)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         inputs["decoder_input_ids"] = _tokens(config, device)
     if "use_cache" in parameters:

@@ -271,11 +271,13 @@ def _model_class(config: Any, *, classes: bool = False) -> Any:
 
 def _processor(source: str | Path, model: Any, shared: dict[str, Any]) -> Any:
     """The tokenizer of a text model, the image processor of a vision model, the processor of one that takes both or
-    sound."""
+    sound; None for one of numbers, which need no preparing."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     if hasattr(model.config, "vision_config") or model.main_input_name == "input_features":
         return AutoProcessor.from_pretrained(source, **shared)
+    if model.main_input_name == "numbers":
+        return None
     if model.main_input_name == "pixel_values":
         _require_pillow()
         return AutoImageProcessor.from_pretrained(source, **shared)

@@ -19,7 +19,7 @@ from torch import nn
 from headway.errors import ArgumentError, HeadwayError, unknown
 from headway.files import write_atomically
 from headway.hosts.convert import quiet_bars
-from headway.lab.train_data import language_data, parse_value
+from headway.lab.train_data import LanguageData, language_data, parse_value
 from headway.pages.console import check_folder, progress_bar
 from headway.progress import Tell
 from headway.train import Trained, train
@@ -72,8 +72,6 @@ class Shape:
 
 def train_lm(shape: Shape, course: Course, *, data: str, tokenizer: str, tokens: int) -> None:
     """The command. The mixer is checked before texts are read, everything before the first step."""
-    from headway.models import HeadwayConfig, HeadwayForCausalLM
-
     parts = model_parts(shape)
     _prepare(course)
     with _bar(course) as tell:
@@ -86,14 +84,7 @@ def train_lm(shape: Shape, course: Course, *, data: str, tokenizer: str, tokens:
             folder=course.out / "data",
             tell=tell,
         )
-        config = HeadwayConfig(
-            vocab_size=found.vocabulary,
-            positions=found.length,
-            eos_token_id=found.separator,
-            pad_token_id=getattr(found.tokenizer, "pad_token_id", None),
-            **parts,
-        )
-        model = _build(lambda: HeadwayForCausalLM(config), course.seed)
+        model = _build(lambda: _model_for(found, parts), course.seed)
         trained = _train(model, found.stream, found.loss, found.validation, course, tell)
         _save(model, course, found.tokenizer)
     _tell_result(
@@ -102,10 +93,26 @@ def train_lm(shape: Shape, course: Course, *, data: str, tokenizer: str, tokens:
         model,
         trained,
         data=found.about,
-        kind="tokens",
+        kind="tokens" if found.numbers is None else "sequences",
         chance=found.chance,
         looks=found.tokenizer is not None,
     )
+
+
+def _model_for(data: LanguageData, parts: dict[str, Any]) -> nn.Module:
+    from headway.models import HeadwayConfig, HeadwayForCausalLM, HeadwayRegression, HeadwayRegressionConfig
+
+    if data.numbers is not None:
+        inputs, outputs = data.numbers
+        return HeadwayRegression(HeadwayRegressionConfig(inputs=inputs, outputs=outputs, **parts))
+    config = HeadwayConfig(
+        vocab_size=data.vocabulary,
+        positions=data.length,
+        eos_token_id=data.separator,
+        pad_token_id=getattr(data.tokenizer, "pad_token_id", None),
+        **parts,
+    )
+    return HeadwayForCausalLM(config)
 
 
 def train_vit(shape: Shape, course: Course, *, data: str, patch: int, shift: int, held_out: float) -> None:
@@ -337,26 +344,25 @@ def _tell_result(
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
         return
     console = Console()
-    console.print(_table(facts))
+    console.print(_table(facts, kind))
     console.print(f"Model, log and checkpoints: [bold]{course.out}[/]", soft_wrap=True)
     if looks:
         console.print(f"What its heads do: headway look {course.out}", soft_wrap=True)
 
 
-def _table(facts: dict[str, Any]) -> Table:
+def _table(facts: dict[str, Any], kind: str) -> Table:
     table = Table("", "", show_header=False, title=f"{facts['mixer']}, {facts['parameters']:,} parameters")
     table.add_row("data", facts["data"])
     table.add_row("steps", f"{facts['steps']:,}" + (f" (from {facts['resumed']:,})" if facts["resumed"] else ""))
     table.add_row("loss", f"{facts['loss']:.4f}")
     if (loss := facts.get("validation_loss")) is not None:
-        shown = f"{loss:.4f}"
-        table.add_row(
-            "validation loss", shown if facts["chance"] else f"{shown} (perplexity {math.exp(min(loss, 99)):.3g})"
-        )
+        beside = "" if facts["chance"] else f" (perplexity {math.exp(min(loss, 99)):.3g})"
+        if kind == "sequences":
+            beside = f" (an answer of zero: {facts['chance']:.4f})"
+        table.add_row("validation loss", f"{loss:.4f}{beside}")
     if (accuracy := facts.get("validation_accuracy")) is not None:
         beside = f" (a guess: {facts['chance']:.1%})" if facts["chance"] else ""
         table.add_row("validation accuracy", f"{accuracy:.1%}{beside}")
-    kind = "images" if "images" in facts else "tokens"
     table.add_row("read", f"{facts[kind]:,} {kind} in {facts['seconds']:,.0f} s")
     if facts["compiled"]:
         cut = sum(facts["compiled"]["breaks"].values())

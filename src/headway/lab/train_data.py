@@ -16,6 +16,7 @@ from headway.hosts import default_text
 from headway.progress import Tell
 from headway.train.generated import TASKS, Task
 from headway.train.losses import LossFunction, model_loss, next_token_loss
+from headway.train.regression import PiecewiseRegression, regression_loss
 from headway.train.streams import Batch, Stream
 from headway.train.tokenizers import load_tokenizer
 from headway.train.tokenizing import tokenize_folder
@@ -31,7 +32,9 @@ VALIDATION = 8
 class LanguageData:
     """Where batches come from, and what they are judged by.
 
-    chance: accuracy of a guess, for tasks that have one. tokenizer: None for tasks whose tokens are no text."""
+    chance: accuracy of a guess, for tasks that have one; of tasks about numbers, the squared error of answering zero.
+    tokenizer: None for tasks whose tokens are no text. numbers: how many a token has and how many are asked for, where
+    tokens are no ids."""
 
     about: str
     stream: Stream
@@ -42,6 +45,7 @@ class LanguageData:
     chance: float | None = None
     tokenizer: Any = None
     separator: int | None = None
+    numbers: tuple[int, int] | None = None
 
 
 def language_data(
@@ -53,13 +57,19 @@ def language_data(
         `folder` first; a generated task, with settings behind a colon: "recall:pairs=4,gap=64", "state:group=S5".
 
     Rows of texts have `length` tokens; tasks have a length of their own (that of "recall" is `length` unless it has a
-    gap). Raises ArgumentError for a name that is none of these, and for unknown settings."""
+    gap). Tokens of "piecewise-regression:dim=4" are numbers, not ids.
+
+    Raises ArgumentError for a name that is none of these, and for unknown settings."""
     task, _, settings = name.partition(":")
     if task in TASKS:
         return _task(task, settings, length, rows, seed)
+    if task == PiecewiseRegression.name:
+        return _regression(settings, rows, seed)
     path = Path(name).expanduser()
     if name != DEFAULT and not path.exists():
-        raise unknown("data", name, [DEFAULT, *TASKS], fix="Or give a file or folder that exists.")
+        raise unknown(
+            "data", name, [DEFAULT, *TASKS, PiecewiseRegression.name], fix="Or give a file or folder that exists."
+        )
     if name != DEFAULT and (path / HEADER).is_file():
         tokens = Tokens(path)
     else:
@@ -92,11 +102,7 @@ def _tokenized(path: Path | None, folder: Path, tokenizer: str, tell: Tell) -> T
 
 def _task(name: str, settings: str, length: int, rows: int, seed: int) -> LanguageData:
     cls = TASKS[name]
-    given = parse_settings("data", settings)
-    known = [field.name for field in fields(cls) if field.name not in ("rows", "seed", "position")]
-    for setting in given:
-        if setting not in known:
-            raise unknown(f"data {name}", setting, known)
+    given, known = _settings_of(cls, settings)
     if "tokens" in known and not {"tokens", "gap"} & set(given):
         given["tokens"] = length
     task: Task = cls(**{"rows": rows, "seed": seed, **given})
@@ -109,6 +115,31 @@ def _task(name: str, settings: str, length: int, rows: int, seed: int) -> Langua
         validation=task.scorer(VALIDATION),
         chance=task.chance,
     )
+
+
+def _regression(settings: str, rows: int, seed: int) -> LanguageData:
+    given, _ = _settings_of(PiecewiseRegression, settings)
+    task = PiecewiseRegression(**{"rows": rows, "seed": seed, **given})
+    return LanguageData(
+        about=f"{task.name}, {task.segments} maps of {task.dim} numbers to as many",
+        stream=task,
+        vocabulary=0,
+        length=task.length,
+        loss=regression_loss,
+        validation=list(task.held_out(VALIDATION)),
+        chance=task.chance,
+        numbers=(task.width, task.dim),
+    )
+
+
+def _settings_of(cls: type[Task] | type[PiecewiseRegression], settings: str) -> tuple[dict[str, Any], list[str]]:
+    """What was said of a task, and what can be said of it."""
+    given = parse_settings("data", settings)
+    known = [field.name for field in fields(cls) if field.name not in ("rows", "seed", "position")]
+    for setting in given:
+        if setting not in known:
+            raise unknown(f"data {cls.name}", setting, known)
+    return given, known
 
 
 def parse_settings(argument: str, text: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Models built of any registered mixer: a causal language model and an image classifier, as `transformers` models.
+"""Models built of any registered mixer, as `transformers` models: a causal language model, an image classifier, and a
+causal stack over numbers.
 
     from headway.models import HeadwayConfig, HeadwayForCausalLM
     model = HeadwayForCausalLM(HeadwayConfig(vocab_size=512, width=128, layers=4, heads=4, mixer="lightning"))
@@ -9,15 +10,18 @@ They save, load and generate as every other host does, and their attention passe
 from __future__ import annotations
 
 from headway.models.cache import HeadwayCache
-from headway.models.config import HeadwayConfig, HeadwayViTConfig
+from headway.models.config import HeadwayConfig, HeadwayRegressionConfig, HeadwayViTConfig
 from headway.models.language import HeadwayForCausalLM
 from headway.models.mixers import mixers
+from headway.models.regression import HeadwayRegression
 from headway.models.vision import HeadwayViT, image_processor
 
 __all__ = [
     "HeadwayCache",
     "HeadwayConfig",
     "HeadwayForCausalLM",
+    "HeadwayRegression",
+    "HeadwayRegressionConfig",
     "HeadwayViT",
     "HeadwayViTConfig",
     "image_processor",
@@ -27,14 +31,16 @@ __all__ = [
 
 def register() -> None:
     """Makes the classes known to `AutoConfig`, `AutoModelForCausalLM`, `AutoModelForImageClassification`, and, for
-    images, `AutoModel`."""
+    images and numbers, `AutoModel`."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
     AutoConfig.register(HeadwayConfig.model_type, HeadwayConfig, exist_ok=True)
     AutoConfig.register(HeadwayViTConfig.model_type, HeadwayViTConfig, exist_ok=True)
+    AutoConfig.register(HeadwayRegressionConfig.model_type, HeadwayRegressionConfig, exist_ok=True)
     AutoModelForCausalLM.register(HeadwayConfig, HeadwayForCausalLM, exist_ok=True)
     AutoModelForImageClassification.register(HeadwayViTConfig, HeadwayViT, exist_ok=True)
     AutoModel.register(HeadwayViTConfig, HeadwayViT, exist_ok=True)
+    AutoModel.register(HeadwayRegressionConfig, HeadwayRegression, exist_ok=True)
 
 
 register()

@@ -75,7 +75,9 @@ class _Stack(PretrainedConfig):
 
 class HeadwayConfig(_Stack):
     """A causal language model. `tie`: input and output embedding are one matrix. `embed_scale`: embeddings are
-    multiplied by √width. `positions` is how many tokens it was made for; nothing refuses more."""
+    multiplied by √width. `embed_projection`: a square map behind the input embedding and one before the output
+    embedding, which take the outliers of embeddings off the stream (OSP, arXiv 2506.19697). `positions` is how many
+    tokens it was made for; nothing refuses more."""
 
     model_type = "headway"
 
@@ -84,13 +86,15 @@ class HeadwayConfig(_Stack):
         vocab_size: int = 512,
         tie: bool = True,
         embed_scale: bool = False,
+        embed_projection: bool = False,
         positions: int | None = None,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         **stack: Any,
     ) -> None:
-        self.vocab_size, self.tie, self.embed_scale, self.positions = vocab_size, tie, embed_scale, positions
+        self.vocab_size, self.tie, self.positions = vocab_size, tie, positions
+        self.embed_scale, self.embed_projection = embed_scale, embed_projection
         # The field that hosts carry; None would be read as unlimited.
         self.max_position_embeddings = positions
         stack.setdefault("tie_word_embeddings", tie)
@@ -130,6 +134,19 @@ class HeadwayViTConfig(_Stack):
     def grid(self) -> tuple[int, int]:
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         return height // self.patch_size, width // self.patch_size
+
+
+class HeadwayRegressionConfig(_Stack):
+    """A causal stack over sequences of numbers: tokens of `inputs` numbers, `outputs` numbers at each."""
+
+    model_type = "headway-regression"
+
+    def __init__(self, inputs: int = 17, outputs: int = 8, **stack: Any) -> None:
+        for name, got in (("inputs", inputs), ("outputs", outputs)):
+            if got < 1:
+                raise ArgumentError(f"{name}: got {got}, expected at least 1.")
+        self.inputs, self.outputs = inputs, outputs
+        super().__init__(**stack)
 
 
 def _mlp_width(width: int, mlp: str) -> int:

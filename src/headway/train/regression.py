@@ -9,6 +9,7 @@ how to fit the pairs of the row.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from headway.train.streams import Batch, Stream
 class PiecewiseRegression(Stream):
     """`rows` sequences of `segments` × `per_segment` pairs of `dim` numbers each, and `queries` queries. A batch has
     `inputs` (rows, pairs + queries, width) and `targets` (rows, queries, dim), in float32."""
+
+    name: ClassVar[str] = "piecewise-regression"
 
     dim: int = 8
     segments: int = SEGMENTS
