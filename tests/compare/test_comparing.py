@@ -12,7 +12,7 @@ import torch
 import headway
 from headway.compare import Comparison
 from headway.compare.baselines import PlainWindow
-from headway.door import Dense, Selector
+from headway.door import BlockMask, Blocks, Dense, Selector, Window
 from headway.door.stages import Driver
 from headway.errors import ArgumentError, HeadwayError, HostError
 from tests.contracts.test_cache_policy import KeepLast
@@ -151,6 +151,31 @@ def test_densities_are_those_of_the_report_and_fall_with_the_budget(found):
     assert quarter["prefill"] == pytest.approx(1 - 0.75**2, abs=0.02)
     assert found.dense.density == {"prefill": 1.0, "decode": 1.0}
     assert set(found.point("window", 0.5).paths) == {"window"}
+
+
+def test_the_json_has_the_density_of_every_head_by_phase_and_site():
+    """In a prompt of n tokens a window of w keys reads w(w + 1)/2 + (n − w)w of its n(n + 1)/2 pairs; decoding stays
+    dense."""
+    widths = (10, 20, 40, 80)
+    assert HOST.config.num_attention_heads == len(widths)
+
+    class Uneven(Selector):
+        phases = frozenset({"prefill"})
+
+        def select(self, call):
+            near = torch.cat([Window(0, width).to_bool(call.queries, call.keys) for width in widths], 1)
+            return Blocks(BlockMask(near, call.queries, call.keys, 1, 1))
+
+    found = compare([("uneven", Uneven())])
+    by_head = Comparison.from_json(found.to_json()).point("uneven").density_by_head
+    n = 200 - QUICK["new_tokens"]
+    expected = [(w * (w + 1) / 2 + (n - w) * w) / (n * (n + 1) / 2) for w in widths]
+    assert len(by_head["prefill"]) == len(by_head["decode"]) == HOST.config.num_hidden_layers
+    for site, shares in by_head["prefill"].items():
+        assert shares == pytest.approx(expected, abs=1e-4), site
+        assert by_head["decode"][site] == [1.0] * 4
+    assert found.dense.density_by_head == {}
+    assert "prefill by head 0.098 to 0.64" in found.to_html()
 
 
 def test_a_policy_shows_in_the_bytes_and_a_selector_does_not(found):

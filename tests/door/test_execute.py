@@ -89,6 +89,35 @@ def test_density_counts_selected_over_visible_pairs(kind):
     assert selection_density(selection, call) == pytest.approx(want, abs=0.06 if kind == "keys" else 1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", ["sparse", "masked"])
+@torch.no_grad()
+def test_the_report_has_the_density_of_every_query_head(kind, path):
+    """Keys listed per block of rows are counted by the middle row of the block, hence their tolerance."""
+    model = CAUSAL["llama"]()
+    chosen = {}
+
+    def choose(call):
+        picked = KINDS[kind](call)
+        seen, mask = call.visible(), picked.to_bool(call.queries, call.keys)
+        mask = mask.repeat_interleave(call.heads // mask.shape[1], 1) if mask.shape[1] > 1 else mask
+        read = (mask & seen).expand(1, call.heads, -1, -1).double()
+        chosen[call.site.name] = (read.sum((0, 2, 3)) / seen.double().sum()).tolist()
+        return picked
+
+    with headway.use(model, Pick(choose), selftest=False) as handle:
+        if path == "masked":
+            with headway.capture(model, what=("entropy",)):
+                model(tokens(1, 19))
+        else:
+            model(tokens(1, 19))
+    for row in handle.report():
+        assert row["density_by_head"] == pytest.approx(chosen[row["site"]], abs=0.08 if "keys" in kind else 1e-9)
+        assert sum(row["density_by_head"]) / len(row["density_by_head"]) == pytest.approx(row["density"])
+    if kind in ("blocks", "keys"):
+        assert all(len(set(row["density_by_head"])) > 1 for row in handle.report())
+
+
 def test_a_selection_that_empties_a_row_is_refused():
     call = _call()
     future = Keys(torch.tensor([11]).view(1, 1, 1, 1))

@@ -276,6 +276,21 @@ def test_streaming_heads_meet_a_block_and_their_reach_alone(monkeypatch):
     assert handle.report()[0]["density"] < 0.5
 
 
+def test_the_report_tells_streaming_heads_from_retrieval_heads():
+    """A step behind 40 tokens: retrieval heads read all 41 keys, streaming heads S + R + 1 of them."""
+    model = decoder("Llama", num_hidden_layers=1)
+    policy = mixed(model)
+    found = []
+    for pieces in ([40], [40, 1]):
+        with headway.use(model, policy, selftest=False) as handle:
+            contract.run_in_chunks(model, contract.tokens(1, sum(pieces)), pieces)
+        found.append(handle.report()[0]["density_by_head"])
+    step = [2 * both - prompt for prompt, both in zip(*found, strict=True)]
+    whole = policy.retrieval()[0].repeat_interleave(model.config.num_attention_heads // policy.retrieval().shape[1])
+    assert 0 < int(whole.sum()) < len(whole)
+    assert step == pytest.approx([1.0 if kept else (S + R + 1) / 41 for kept in whole.tolist()])
+
+
 def test_room_can_be_made_at_once():
     model = decoder("Llama", num_hidden_layers=1)
     cache = cached(model, mixed(model, sparsity=0.0, reserve=500), contract.tokens(1, 12))

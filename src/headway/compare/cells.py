@@ -117,8 +117,9 @@ class Cell:
     """What one task found of one method at one budget. `status` is "measured", "refused" (the method said no),
     "failed" (it broke) or "left out" (the task cannot show this method); `reason` says why.
 
-    `density` is selected over visible pairs by phase, `paths` how often each path ran at a site, both from the report
-    of the scope; `cache_bytes` the most that a cache held; `notes` what the method logged; `seconds` the whole cell."""
+    `density` is selected over visible pairs by phase, `density_by_head` the same of a timed request by phase, site and
+    query head, `paths` how often each path ran at a site, all from the report of the scope; `cache_bytes` the most that
+    a cache held; `notes` what the method logged; `seconds` the whole cell."""
 
     method: str
     budget: float | None
@@ -128,6 +129,7 @@ class Cell:
     scores: list[Score] = field(default_factory=list)
     timing: Timing | None = None
     density: dict[str, float] = field(default_factory=dict)
+    density_by_head: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
     cache_bytes: int | None = None
     notes: list[str] = field(default_factory=list)

@@ -78,6 +78,7 @@ def point_of(candidate: Candidate, cells: Sequence[Cell]) -> Point:
         cache_bytes=speed.cache_bytes,
         density=speed.density,
         density_by_task={cell.task: cell.density for cell in cells if cell.status == MEASURED},
+        density_by_head=speed.density_by_head,
         paths=speed.paths or _paths(cells),
     )
 

@@ -156,16 +156,18 @@ def more_scores(comparison: Comparison) -> tuple[list[tuple[str, str]], list[tup
 def ran(point: Point) -> dict[str, Any]:
     """Which paths ran in the timed request, the densities by task, and the stages."""
     calls = sum(point.paths.values())
+    densities = [f"{task} {number(found['all'])}" for task, found in point.density_by_task.items() if "all" in found]
+    for phase, sites in point.density_by_head.items():
+        heads = [share for shares in sites.values() for share in shares]
+        if heads and min(heads) < max(heads):
+            densities.append(f"{phase} by head {number(min(heads), 2)} to {number(max(heads), 2)}")
     return {
         "label": point.label,
         "stages": ", ".join(stage if len(stage) <= STAGE_SHOWN else f"{stage[:STAGE_SHOWN]}…" for stage in point.stages)
         or ("nothing attached" if point.is_dense else MISSING),
         "paths": ", ".join(f"{path} {percent(_short(count / calls))}" for path, count in point.paths.items())
         or ("native 100 %" if point.timing and not point.stages else MISSING),
-        "densities": "; ".join(
-            f"{task} {number(found['all'])}" for task, found in point.density_by_task.items() if "all" in found
-        )
-        or MISSING,
+        "densities": "; ".join(densities) or MISSING,
         "reasons": "; ".join(f"{task}: {reason}" for task, reason in point.reasons.items()),
     }
 

@@ -47,8 +47,9 @@ class Loss:
 @dataclass(kw_only=True)
 class Point:
     """A method at a budget. `states` and `reasons` say, by task and mode, what was not measured and why: "refused",
-    "failed" or "left out"; `notes` are what the method logged while it ran. `costs` are multiples of dense (see COSTS),
-    `worst` the largest of its `losses`."""
+    "failed" or "left out"; `notes` are what the method logged while it ran. `density_by_head` has the mean density of
+    every query head by phase and site, in the timed request, where a stage acts. `costs` are multiples of dense (see
+    COSTS), `worst` the largest of its `losses`."""
 
     method: str
     budget: float | None
@@ -64,6 +65,7 @@ class Point:
     cache_bytes: int | None = None
     density: dict[str, float] = field(default_factory=dict)
     density_by_task: dict[str, dict[str, float]] = field(default_factory=dict)
+    density_by_head: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
 

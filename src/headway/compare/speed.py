@@ -13,13 +13,14 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headway.compare.cells import Cell, Timing
@@ -30,6 +31,8 @@ from headway.errors import ArgumentError
 from headway.tasks.answering import clock, ending_ids, feed, prefill
 
 SPEED = "speed"
+#: Digits of the densities by head.
+DIGITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Once:
     decode: float
     cache_bytes: int | None
     density: dict[str, float] = field(default_factory=dict)
+    density_by_head: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
 
 
@@ -81,6 +85,7 @@ def measure_speed(setting: Setting, candidate: Candidate, *, repeats: int, new_t
             dense_decode=[run.decode for run in sides["dense"]],
         ),
         density=last.density or {"prefill": 1.0, "decode": 1.0},
+        density_by_head=last.density_by_head,
         paths=last.paths,
         cache_bytes=last.cache_bytes,
     )
@@ -112,6 +117,7 @@ def _fed(setting: Setting, new_tokens: int, handle: Handle | None) -> Once:
         decode=(running.seconds - read) / new_tokens,
         cache_bytes=running.cache_bytes,
         density={} if handle is None else after_prefill.split(after_decode),
+        density_by_head={} if handle is None else after_prefill.split_heads(after_decode),
         paths=dict(after_decode.paths),
     )
 
@@ -127,6 +133,7 @@ def _generated(setting: Setting, new_tokens: int, handle: Handle | None) -> Once
         decode=more if more > 0 else math.nan,
         cache_bytes=None,
         density={} if handle is None else {"prefill": after_prefill.density},
+        density_by_head={} if handle is None else {"prefill": after_prefill.by_head()},
         paths=dict(Counts.of(handle).paths),
     )
 
@@ -150,11 +157,13 @@ def _generate(setting: Setting, prompt: Int[Tensor, "1 tokens"], new_tokens: int
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a scope has reported so far: calls, the sum of their densities, and how often each path ran."""
+    """What a scope has reported so far: calls, the sum of their densities, and how often each path ran; by site, calls
+    and the sums of every query head."""
 
     calls: int
     density_sum: float
     paths: Counter[str]
+    heads: Mapping[str, tuple[int, Float[np.ndarray, " heads"]]]
 
     @classmethod
     def of(cls, handle: Handle | None) -> Counts:
@@ -173,6 +182,7 @@ class Counts:
             calls=sum(row["calls"] for row in rows) + apart,
             density_sum=sum(row["density"] * row["calls"] for row in rows if row["calls"]) + apart,
             paths=paths,
+            heads={row["site"]: (row["calls"], row["calls"] * np.array(row["density_by_head"])) for row in rows},
         )
 
     @property
@@ -185,3 +195,20 @@ class Counts:
         calls = later.calls - self.calls
         decode = (later.density_sum - self.density_sum) / calls if calls else 1.0
         return {"prefill": self.density, "decode": decode}
+
+    def by_head(self) -> dict[str, list[float]]:
+        """Mean density of every query head over the calls, by site; sites at which no stage acts are left out."""
+        return {site: _rounded(sums / calls) for site, (calls, sums) in self.heads.items() if calls}
+
+    def split_heads(self, later: Counts) -> dict[str, dict[str, list[float]]]:
+        """The same of each phase."""
+        decode = {}
+        for site, (calls, sums) in later.heads.items():
+            before, at_border = self.heads.get(site, (0, np.zeros_like(sums)))
+            if calls > before:
+                decode[site] = _rounded((sums - at_border) / (calls - before))
+        return {"prefill": self.by_head(), "decode": decode}
+
+
+def _rounded(values: Float[np.ndarray, " heads"]) -> list[float]:
+    return [round(float(value), DIGITS) for value in values]

@@ -40,11 +40,13 @@ _NAMED: dict[int, tuple[Any, str, int]] = {}
 
 @dataclass
 class SiteReport:
-    """What ran at one site in one scope: path name -> calls, mean density, seconds spent on selecting and executing."""
+    """What ran at one site in one scope: path name -> calls, mean density of all and of every query head, seconds spent
+    on selecting and executing."""
 
     site: Site
     paths: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     density_sum: float = 0.0
+    head_sums: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     select_seconds: float = 0.0
     execute_seconds: float = 0.0
 
@@ -63,6 +65,7 @@ class SiteReport:
             "calls": self.calls,
             "paths": dict(self.paths),
             "density": self.density,
+            "density_by_head": (self.head_sums / self.calls).tolist(),
             "select_seconds": self.select_seconds,
             "execute_seconds": self.execute_seconds,
         }
@@ -147,13 +150,16 @@ class Handle:
         return [] if self._door is None else [site for site in self._door.sites.values() if self.covers(site)]
 
     def report(self) -> list[dict[str, Any]]:
-        """A row per site that ran in this scope: calls, path, density, and the time split."""
+        """A row per site that ran in this scope: calls, path, density in all and by query head, and the time split."""
         return [self.reports[name].row() for name in self.reports]
 
-    def note(self, site: Site, path: str, density: float, select_seconds: float, execute_seconds: float) -> None:
+    def note(
+        self, site: Site, path: str, density: float, by_head: Tensor, select_seconds: float, execute_seconds: float
+    ) -> None:
         report = self.reports.setdefault(site.name, SiteReport(site))
         report.paths[path] += 1
         report.density_sum += density
+        report.head_sums = report.head_sums + by_head
         report.select_seconds += select_seconds
         report.execute_seconds += execute_seconds
 
@@ -434,7 +440,8 @@ def pass_by(module: nn.Module) -> None:
                     "now, expected a text from its first token on. Run it without a cache (use_cache=False)."
                 )
         if handle.acting(site):
-            handle.note(site, "past the door: its keys are sums in a state", 1.0, 0.0, 0.0)
+            whole = torch.ones(max(site.heads, 1), dtype=torch.float64)
+            handle.note(site, "past the door: its keys are sums in a state", 1.0, whole, 0.0, 0.0)
 
 
 class _Dispatch:
@@ -578,11 +585,13 @@ def _run(
         reads = any(isinstance(s, Observer) and s.reads_weights for _, s in stages)
         done = execute(edited, selectors, editors, changed=edited is not call, masked=reads)
     if not isinstance(done, str):
-        edited, output, lse, path, density = done.call, done.output, done.lse, done.path, done.density
+        edited, output, lse, path = done.call, done.output, done.lse, done.path
+        density, by_head = done.density, done.density_by_head
         spent = (done.select_seconds, done.execute_seconds)
     else:
         native, weights = function(call.module, *tensors, **keywords)
-        output, lse, path, density = native.transpose(1, 2), None, done, 1.0
+        output, lse, path = native.transpose(1, 2), None, done
+        density, by_head = 1.0, torch.ones(call.heads, dtype=torch.float64)
         spent = (0.0, time.perf_counter() - start)
     for editor in editors:
         if "output" in editor.edits:
@@ -592,7 +601,7 @@ def _run(
     with torch.no_grad():
         _show(edited, output, lse, [s for _, s in stages if isinstance(s, Observer)])
     for handle in dict.fromkeys(h for h, _ in stages):
-        handle.note(call.site, path, density, *spent)
+        handle.note(call.site, path, density, by_head, *spent)
     return output.transpose(1, 2).contiguous(), weights
 
 

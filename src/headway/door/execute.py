@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headway.door.call import AttentionCall
@@ -27,14 +28,15 @@ WINDOW_BLOCK = 128
 @dataclass(frozen=True)
 class Executed:
     """The call as it ran (selections are part of its mask), its output (batch, heads, queries, value_dim) and
-    log-sum-exp, and how it was made: the path's name, the density (selected over visible pairs) and the seconds spent
-    on selecting and executing."""
+    log-sum-exp, and how it was made: the path's name, the density of every query head (selected over visible pairs)
+    and of all of them, and the seconds spent on selecting and executing."""
 
     call: AttentionCall
     output: Tensor
     lse: Tensor | None
     path: str
     density: float
+    density_by_head: Float[Tensor, " heads"]
     select_seconds: float
     execute_seconds: float
 
@@ -60,51 +62,77 @@ def execute(
     titles = " and ".join(s.title for s in selectors)
     plain = call.weighing is None
     if len(selections) == 1 and plain and not inside and not masked and not call.dropout and call.bias is None:
-        density = selection_density(selections[0], call)
-        if all(s.approximates for s in selectors) and dense_is_faster(call.keys, density) and not changed:
+        chosen, visible = selected_pairs(selections[0], call)
+        shares = float(chosen.sum() / visible.sum()), chosen / visible
+        if all(s.approximates for s in selectors) and dense_is_faster(call.keys, shares[0]) and not changed:
             return "native: dense is as fast"
-        return _sparse(call, selections[0], density, titles, start)
-    density = 1.0
+        return _sparse(call, selections[0], shares, titles, start)
+    density, by_head = 1.0, torch.ones(call.heads, dtype=torch.float64)
     if selections:
         selected = _as_mask(selections[0], call)
         for selection in selections[1:]:
             selected = selected & _as_mask(selection, call)
         seen = call.visible()
         narrowed = seen & selected
-        density = float(narrowed.double().mean() / seen.expand_as(narrowed).double().mean())
+        read, visible = _pairs_by_head(narrowed, call), _pairs_by_head(seen, call)
+        density, by_head = float(read.sum() / visible.sum()), read / visible
         before, call = call, call.replace(mask=narrowed)
         refuse_emptied_rows(before, call, titles)
-    chosen = time.perf_counter()
+    chosen_at = time.perf_counter()
     output, lse = _attend(call, inside)
     path = "masked" if selections else ("edited" if inside else "dense")
-    return Executed(call, output, lse, path, density, chosen - start, time.perf_counter() - chosen)
+    return Executed(call, output, lse, path, density, by_head, chosen_at - start, time.perf_counter() - chosen_at)
 
 
 def selection_density(selection: Selection, call: AttentionCall) -> float:
-    """Selected over visible pairs, padding left out of the count (a selection of keys counts what is listed)."""
-    if isinstance(selection, Blocks):
-        if selection.within is None:
-            return selection.mask.density(causal=call.causal)
-        visible = call.visible()
-        chosen = visible & _as_mask(selection, call)
-        return float(chosen.double().mean() / visible.expand_as(chosen).double().mean())
+    """Selected over visible pairs of all heads."""
+    chosen, visible = selected_pairs(selection, call)
+    return float(chosen.sum() / visible.sum())
+
+
+def selected_pairs(
+    selection: Selection, call: AttentionCall
+) -> tuple[Float[Tensor, " heads"], Float[Tensor, " heads"]]:
+    """Selected and visible pairs of every query head, in double precision on the CPU and as means over the batch, both
+    up to one factor. Padding is left out of the count (a selection of keys counts what is listed)."""
     seen = (call.query_positions + 1 - call.first_key).clamp(max=call.keys) if call.causal else None
+    if isinstance(selection, Blocks) and selection.within is None:
+        pairs = selection.mask.pairs(causal=call.causal)
+        inside = selection.mask.blocks.double().mean(0).cpu() * pairs
+        return _over_heads(inside.sum((1, 2)), call), _over_heads(pairs.sum()[None], call)
+    if isinstance(selection, Blocks):
+        visible = call.visible()
+        return _pairs_by_head(visible & _as_mask(selection, call), call), _pairs_by_head(visible, call)
     if isinstance(selection, Window):
         reach = torch.full((call.queries,), call.keys, device=call.query.device) if seen is None else seen
         inside = reach.clamp(max=selection.window) + (reach - selection.window).clamp(0, selection.sinks)
-        return float(inside.double().sum() / reach.double().sum())
+        return _over_heads(inside.double().sum()[None], call), _over_heads(reach.double().sum()[None], call)
     if isinstance(selection, Keys):
         rows = row_block(selection.index, call.queries, selection.query_block)
         index, valid = unique_keys(selection.index, selection.valid, call.keys)
         if seen is None:
-            return float(valid.double().sum(-1).mean() / call.keys)
-        starts = torch.arange(index.shape[2], device=index.device) * rows
-        middle = seen[(starts + rows // 2).clamp(max=call.queries - 1)]
-        return float(((index < middle[:, None]) & valid).double().sum(-1).mean() / middle.double().mean())
-    return 1.0
+            listed, visible = valid, valid.new_full((1,), call.keys, dtype=torch.float64)
+        else:
+            starts = torch.arange(index.shape[2], device=index.device) * rows
+            middle = seen[(starts + rows // 2).clamp(max=call.queries - 1)]
+            listed, visible = (index < middle[:, None]) & valid, middle.double().mean()[None]
+        return _over_heads(listed.double().sum(-1).mean((0, 2)), call), _over_heads(visible, call)
+    return _over_heads(torch.ones(1), call), _over_heads(torch.ones(1), call)
 
 
-def _sparse(call: AttentionCall, selection: Selection, density: float, titles: str, start: float) -> Executed:
+def _pairs_by_head(mask: Bool[Tensor, "#batch #heads queries keys"], call: AttentionCall) -> Float[Tensor, " heads"]:
+    return _over_heads(mask.double().mean((0, 2, 3)), call)
+
+
+def _over_heads(values: Float[Tensor, " #heads"], call: AttentionCall) -> Float[Tensor, " heads"]:
+    """Values of query heads from those of query heads, of key heads, or one for all."""
+    values = values.double().cpu()
+    return values.expand(call.heads) if values.numel() == 1 else values.repeat_interleave(call.heads // values.numel())
+
+
+def _sparse(
+    call: AttentionCall, selection: Selection, shares: tuple[float, Tensor], titles: str, start: float
+) -> Executed:
     """One selection by the kernel made for it."""
     chosen = time.perf_counter()
     common: dict[str, Any] = {
@@ -142,7 +170,7 @@ def _sparse(call: AttentionCall, selection: Selection, density: float, titles: s
     else:
         raise ArgumentError(f"selection: got {selection!r}, expected Dense, Window, Blocks or Keys.")
     _refuse_lost_rows(call, lse, titles)
-    return Executed(call, output, lse, path, density, chosen - start, time.perf_counter() - chosen)
+    return Executed(call, output, lse, path, *shares, chosen - start, time.perf_counter() - chosen)
 
 
 def _refuse_lost_rows(call: AttentionCall, lse: Tensor, titles: str) -> None:
@@ -189,11 +217,15 @@ def execute_parts(
             index = slice(None) if at is None else torch.tensor(at, device=output.device)
             span = slice(None) if rows is None else slice(*rows)
             output[:, index, span], lse[:, index, span] = merged.to(output.dtype), total
-    read = sum(part.keys * part.heads * part.queries for part in parts) / max(queries, 1)
+    read = torch.zeros(heads, dtype=torch.float64)
+    for part in parts:
+        read[slice(None) if part.of_heads is None else part.of_heads.cpu()] += part.keys * part.queries
     logical = call.keys + (0 if call.first_key is None else call.first_key)
-    density = min(read / max(logical * heads, 1), 1.0)
+    by_head = read / max(logical * queries, 1)
+    density = min(float(by_head.mean()), 1.0)
     whole = parts[0] if len(parts) == 1 and parts[0].of_heads is None else call
-    return Executed(whole, output, lse, "policy", density, read_seconds, time.perf_counter() - start)
+    by_head = by_head.clamp(max=1)
+    return Executed(whole, output, lse, "policy", density, by_head, read_seconds, time.perf_counter() - start)
 
 
 def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Tensor]:
