@@ -1,22 +1,40 @@
-"""Which of the thirteen RULER-like tasks a model of 135M parameters can do at all: scores of dense SmolLM2 by task.
+"""The thirteen RULER-like tasks on SmolLM2: which of them dense attention of 135M parameters can do, and what methods
+keep of them.
 
-What dense attention cannot do, no method can lose, so these scores tell which tasks say something in `headway compare`.
-Dense attention gives the same answer to a context and a question in one piece or in two; the tasks are asked in one.
+What dense attention cannot do, no method can lose, so the scores of dense attention tell which tasks say something in
+`headway compare`. Dense attention gives the same answer to a context and a question in one piece or in two; alone it is
+asked in one.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, write_facts
+from headway.compare import Comparison
+from headway.compare import compare as compare_methods
 from headway.hosts import default_text, load
 from headway.tasks.answering import answer
 from headway.tasks.ruler import RULER, ruler_samples
 
-LENGTHS = (1024, 2048)
+LENGTHS = (1024,)
 COUNT = 10
+METHODS = (
+    "streaming-llm", "duo-attention", "flexprefill", "dhsa", "power-attention", "recycled-attention", "tappa",
+)  # fmt: skip
+BUDGETS = (0.5,)
+#: Samples of each task for every method, the first of those that dense attention alone is asked.
+METHOD_COUNT = 2
+#: Tasks by what dense attention was seen to do, so that a run that is ended early has those that tell methods apart.
+ORDER = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery", "fwe",
+    "vt", "niah_multikey_2", "niah_multikey_3", "qa_1", "qa_2", "cwe",
+)  # fmt: skip
+#: Finished cells of `compare`, from which a run that was ended goes on.
+CELLS = Path("compare-out") / "ruler"
 
 
 def ruler_dense(
@@ -27,7 +45,7 @@ def ruler_dense(
     seed: int = 0,
     results: str | Path = RESULTS,
 ) -> None:
-    """Dense SmolLM2 on ten samples of each RULER-like task at 1,024 and 2,048 tokens; goes on where it was ended."""
+    """Dense SmolLM2 on ten samples of each RULER-like task at 1,024 tokens; goes on where it was ended."""
     model, tokenizer = load("smollm2")
     text = default_text().text
     for tokens in lengths:
@@ -50,6 +68,62 @@ def ruler_dense(
             print(f"{tokens:,} tokens, {task}: {mean:.2f} ({RULER[task].summary})", flush=True)
 
 
+def ruler_methods(
+    tokens: int = 1024,
+    *,
+    methods: Sequence[str] = METHODS,
+    budgets: Sequence[float] = BUDGETS,
+    count: int = METHOD_COUNT,
+    tasks: Sequence[str] = ORDER,
+    seed: int = 0,
+    cells: str | Path = CELLS,
+    results: str | Path = RESULTS,
+) -> None:
+    """Seven methods at half of the keys beside dense SmolLM2 on the RULER-like tasks, question-blind and -aware,
+    through `headway compare`, task by task; goes on where it was ended. About quality: its times are not kept."""
+    model, tokenizer = load("smollm2")
+    for done in range(1, len(tasks) + 1):
+        found = compare_methods(
+            model,
+            tokenizer,
+            methods=methods,
+            budgets=budgets,
+            tasks=tasks[:done],
+            tokens=tokens,
+            count=count,
+            repeats=2,
+            new_tokens=2,
+            seed=seed,
+            name="smollm2",
+            out=cells,
+        )
+        write_facts(f"ruler_methods_{tokens}", facts_of(found, seed), results)
+        for task, mode in found.qualities[-len(found.run["modes"]) :]:
+            means = ", ".join(f"{p.label} {score.value:.2f}" for p in found.points if (score := p.score(task, mode)))
+            print(f"{task}, {mode}: {means}", flush=True)
+
+
+def facts_of(found: Comparison, seed: int) -> dict[str, object]:
+    """Scores of every sample by point, task and mode; densities and the paths that ran; what was refused and why."""
+    settings = {name: found.run[name] for name in ("tokens", "budgets", "samples", "modes", "prefill_chunk")}
+    return {
+        "settings": {"model": "smollm2", **settings, "seed": seed},
+        "judged": [list(pair) for pair in found.judged],
+        "points": {
+            point.label: {
+                "scores": {score.label: score.parts for score in point.scores},
+                "means": {score.label: score.value for score in point.scores},
+                "density": point.density,
+                "density_by_task": {task: of["all"] for task, of in point.density_by_task.items() if "all" in of},
+                "paths": point.paths,
+                "cache_bytes": point.cache_bytes,
+                "reasons": point.reasons,
+            }
+            for point in found.points
+        },
+    }
+
+
 def _finished(path: Path, settings: dict[str, object]) -> dict[str, list[float]]:
     """The scores of tasks that an earlier run with the same settings has finished."""
     if not path.is_file():
@@ -59,4 +133,6 @@ def _finished(path: Path, settings: dict[str, object]) -> dict[str, list[float]]
 
 
 if __name__ == "__main__":
+    logging.disable(logging.INFO)
     ruler_dense()
+    ruler_methods()

@@ -215,7 +215,7 @@ def test_bad_numbers_and_hosts_are_refused():
         StreamingLLM(evict="never")
     with pytest.raises(ArgumentError, match="rebase_at: got 10"):
         StreamingLLM(sinks=4, window=4, rebase_at=10)
-    with pytest.raises(HostError, match=r"4 \+ 1020 = 1024, expected no more than the 128 positions"):
+    with pytest.raises(ArgumentError, match=r"4 \+ 1020 = 1024, expected no more than the 128 positions"):
         _run(decoder("Llama"), StreamingLLM())
     with pytest.raises(HostError, match="without rotary positions"):
         _run(CAUSAL["gpt2"](), small())

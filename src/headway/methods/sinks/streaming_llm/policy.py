@@ -37,8 +37,8 @@ class StreamingLLM(CachePolicy):
     the released code does; "before" holds it to S + W in all. rebase_at: host positions never grow beyond about this;
     None takes the host's own number of positions, at most 32,768.
 
-    Raises ArgumentError for numbers that cannot be, HostError at the first forward for hosts without rotary positions,
-    with rotary frequencies that change with the length, or with fewer positions than sinks + window."""
+    Raises ArgumentError for numbers that cannot be, and at the first forward for sinks + window beyond the positions of
+    the host; HostError there for hosts without rotary positions or with frequencies that change with the length."""
 
     sinks: int = 4
     window: int = 1020
@@ -295,12 +295,13 @@ class StreamingCache(PolicyCache):
 
 
 def _rotary_layers(policy: StreamingLLM, model: nn.Module) -> list[tuple[Tensor | None, Layout]]:
-    """The rotary frequencies of every layer. Raises HostError for a host that cannot stream."""
+    """The rotary frequencies of every layer. Raises HostError for a host that cannot stream, ArgumentError for a cache
+    beyond its positions."""
     require_plain_decoder(model)
     config = text_config(model)
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and policy.capacity > positions:
-        raise HostError(
+        raise ArgumentError(
             f"sinks, window: got {policy.sinks} + {policy.window} = {policy.capacity}, expected no more than the "
             f"{positions} positions of {type(model).__name__}. Use a smaller window."
         )
