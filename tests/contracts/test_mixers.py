@@ -95,6 +95,28 @@ class TestForms:
 
         assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True, atol=1e-5)
 
+    @pytest.mark.parametrize("mode", ["block", "step"])
+    def test_gradcheck_with_a_carried_state_padding_and_documents(self, slug, mode):
+        """Of both pieces of a text, so that gradients also cross from the second one to what the state was made of."""
+        mixer = example(slug)
+        parameters = [p for p in mixer.parameters() if p.requires_grad]
+        mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+        resets = torch.zeros(2, 8, dtype=torch.bool)
+        resets[0, 6] = resets[1, 3] = True
+        x = inputs(mixer, 8).requires_grad_()
+
+        def run(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            if not mixer.causal:
+                return mixer(x, mask=mask)[0]
+            first, state = mixer(x[:, :4], mask=mask[:, :4], resets=resets[:, :4], state=fresh(mixer, 2), mode=mode)
+            second, _ = mixer(x[:, 4:], mask=mask[:, 4:], resets=resets[:, 4:], state=state, mode=mode)
+            return torch.cat([first, second], 1)
+
+        assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True, atol=1e-5)
+        if mixer.causal:
+            back = torch.autograd.grad(run(x)[1, 4:].sum(), x)[0]
+            assert bool(back[1, 3].any()), "what was read before the cut is told of what came behind it"
+
     def test_bfloat16_is_near_float32(self, slug):
         mixer = example(slug, dtype=torch.float32)
         x = inputs(mixer, 19)
@@ -306,9 +328,43 @@ class TestIndependence:
     def test_nothing_looks_ahead(self, slug, changed):
         skip_unless_causal(slug)
         mixer = example(slug)
-        x = inputs(mixer, 13)
-        other = x.clone()
-        other[:, changed] += 1.0
-        before, after = mixer(x)[0], mixer(other)[0]
-        torch.testing.assert_close(after[:, :changed], before[:, :changed], rtol=0, atol=1e-11)
-        assert not torch.equal(after[:, changed], before[:, changed])
+        earlier, own = moved_by(mixer, changed)
+        assert earlier < 1e-11
+        assert own > 0
+
+    @pytest.mark.parametrize("peek", ["next", "mean", "last"])
+    def test_a_mixer_that_looks_ahead_is_caught(self, peek):
+        """The control of the test above: a millionth of what is to come is enough."""
+        mixer = Peeking(16, heads=2, peek=peek).double()
+        assert moved_by(mixer, 12 if peek != "next" else 9)[0] > 1e-9
+        assert moved_by(Peeking(16, heads=2, peek="nothing").double(), 9)[0] == 0
+
+
+def moved_by(mixer: Mixer, changed: int) -> tuple[float, float]:
+    """How far outputs of earlier tokens move, and that of the token itself, when a token of 13 is another."""
+    x = inputs(mixer, 13)
+    other = x.clone()
+    other[:, changed] += 1.0
+    with torch.no_grad():
+        moved = (mixer(other)[0] - mixer(x)[0]).abs().amax((0, 2))
+    return max(moved[:changed].tolist(), default=0.0), float(moved[changed])
+
+
+class Peeking(Mixer):
+    """Gives its input back, with a little of what comes later."""
+
+    slug = "peeking"
+
+    def __init__(self, width: int, *, heads: int, peek: str) -> None:
+        super().__init__(width, heads=heads, layer=0, layers=1)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.peek = peek
+
+    def forward(self, x, *, mask=None, resets=None, state=None, mode="block", grid=None):
+        ahead = {
+            "next": x.roll(-1, 1),
+            "mean": x.mean(1, keepdim=True),
+            "last": x[:, -1:],
+            "nothing": torch.zeros_like(x),
+        }
+        return self.scale * x + 1e-6 * ahead[self.peek], None

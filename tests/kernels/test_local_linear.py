@@ -88,6 +88,23 @@ class TestInvariants:
         out = fit_local_linear(q, k, v, **options).output
         torch.testing.assert_close(out[:, :, 7:], (q @ slope.T + shift)[:, :, 7:], rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.filterwarnings("ignore:local linear attention")  # of the first rows, which few keys do not determine
+    @pytest.mark.parametrize("form", [{"solver": "direct"}, {"solver": "cg"}, {"mode": "reference"}])
+    def test_an_affine_map_is_reproduced_to_ten_digits(self, form):
+        """As the ridge goes to nothing the error does, in proportion; rows with more keys than unknowns, float64."""
+        q, k, _ = tensors(40, heads=(2, 2))
+        generator = torch.Generator().manual_seed(3)
+        slope, shift = (torch.randn(*size, generator=generator, dtype=q.dtype) for size in ((3, 5), (3,)))
+        options = {"scale": 0.3, "max_iterations": 400, **form}
+        expected = (q @ slope.T + shift)[:, :, 12:]
+
+        def error(ridge: float) -> float:
+            found = local_linear_attention(q, k, k @ slope.T + shift, ridge=ridge, **options)
+            return float((found[:, :, 12:] - expected).abs().max())
+
+        assert error(1e-13) < 1e-10
+        assert error(1e-4) / error(1e-6) == pytest.approx(100, rel=0.05)
+
     def test_a_large_ridge_is_softmax_attention(self):
         q, k, v = tensors(heads=(2, 2))
         out = local_linear_attention(q, k, v, ridge=1e12)
