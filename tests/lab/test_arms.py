@@ -54,6 +54,13 @@ def test_base_arms_and_grid_are_put_together():
     assert experiment.seeds == (3, 4)
 
 
+def test_a_switch_is_true_or_false():
+    (arm,) = parse_experiment("arms: [{name: osp, embed_projection: true}]", name="x").arms
+    assert build(arm, 0).embed_in is not None
+    with pytest.raises(ArgumentError, match="embed_projection of arm 'osp': got 1"):
+        parse_experiment("arms: [{name: osp, embed_projection: 1}]", name="x")
+
+
 def test_without_arms_there_is_softmax():
     assert [arm.name for arm in parse_experiment("base: {steps: 3}", name="x").arms] == ["softmax"]
 

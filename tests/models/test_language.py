@@ -128,6 +128,19 @@ class TestModel:
         assert tied.lm_head.weight is tied.embed_tokens.weight
         assert untied.lm_head.weight is not untied.embed_tokens.weight
 
+    def test_embedding_projections_start_as_rotations_around_the_stack(self):
+        model = model_of("softmax", embed_projection=True)
+        eye = torch.eye(model.config.width)
+        for projection in (model.embed_in, model.embed_out):
+            torch.testing.assert_close(projection.weight @ projection.weight.T, eye, atol=1e-5, rtol=0)
+        ids = tokens(1, 6)
+        states = model(ids, output_hidden_states=True)
+        torch.testing.assert_close(states.hidden_states[0], model.embed_tokens(ids) @ model.embed_in.weight.T)
+        torch.testing.assert_close(
+            states.logits, states.hidden_states[-1] @ model.embed_out.weight.T @ model.lm_head.weight.T
+        )
+        assert model_of("softmax").embed_in is None
+
     @pytest.mark.parametrize("norm", ["rms", "srms", "layer", "single_scale"])
     @pytest.mark.parametrize("place", ["pre", "post"])
     def test_norms(self, norm, place):

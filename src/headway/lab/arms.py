@@ -40,7 +40,8 @@ class Arm:
     """One kind of model and training. Texts are bytes; losses are nats per byte.
 
     Attention: normalizer and gate with their options, position, window (tokens that a row sees), prefix (first tokens
-    that see each other; the loss counts behind them). Model: width, layers, heads, kv_heads, mlp, norm, norm_place.
+    that see each other; the loss counts behind them). Model: width, layers, heads, kv_heads, mlp, norm, norm_place,
+    embed_projection (a square map behind the embedding and one before the output).
     Data: length of a sequence, data (bytes of text to train on, None for all), first: what stands at the front,
     "natural" text, "random" (one random byte), "fixed" (a token of its own at `place`, in a share `fraction` of the
     sequences) or "learned" (a sink token in front of every sequence). Training: steps, batch, learning_rate,
@@ -63,6 +64,7 @@ class Arm:
     mlp: str = "swiglu"
     norm: str = "rms"
     norm_place: str = "pre"
+    embed_projection: bool = False
     length: int = 128
     data: int | None = None
     first: str = "natural"
@@ -218,6 +220,8 @@ def _typed(key: str, value: Any, kind: str, name: str) -> Any:
     elif "float" in kind:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if fits else value
+    elif kind == "bool":
+        fits = isinstance(value, bool)
     elif "int" in kind:
         fits = isinstance(value, int) and not isinstance(value, bool)
     else:

@@ -48,6 +48,7 @@ def build(arm: Arm, seed: int) -> HeadwayForCausalLM:
     config = HeadwayConfig(
         vocab_size=VOCABULARY, width=arm.width, layers=arm.layers, heads=arm.heads, mixer="softmax",
         mixer_options=attention, mlp=arm.mlp, norm=arm.norm, norm_place=arm.norm_place, positions=arm.length,
+        embed_projection=arm.embed_projection,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -34,7 +34,14 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(Block(config, layer, causal=True) for layer in range(config.layers))
         self.norm = make_norm(config.norm, config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.embed_in = self.embed_out = None
+        if config.embed_projection:
+            self.embed_in, self.embed_out = (nn.Linear(config.width, config.width, bias=False) for _ in range(2))
         self.initialise_outside_mixers()
+        for projection in (self.embed_in, self.embed_out):
+            if projection is not None:
+                # Orthogonal, so that it starts as a rotation and changes no norm.
+                nn.init.orthogonal_(projection.weight)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -102,6 +109,8 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.width)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
         if past_key_values is None and use_cache:
             past_key_values = self.make_cache(x.shape[0])
         if past_key_values is not None and not isinstance(past_key_values, HeadwayCache):
@@ -125,7 +134,8 @@ class HeadwayForCausalLM(HeadwayPreTrainedModel, GenerationMixin):
         x = self.norm(x)
         hidden.append(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits = self.lm_head(x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept])
+        x = x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
+        logits = self.lm_head(x if self.embed_out is None else self.embed_out(x))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)

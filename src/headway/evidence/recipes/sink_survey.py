@@ -1,4 +1,4 @@
-"""The survey's mitigation arena, its quantised cache, and its explanations of a real model's sink.
+"""The survey's mitigation arena, its quantised cache, its rules for using a sink, and its explanations of one.
 
 The arena has a known answer: on a task that asks a head to be silent, softmax must grow a sink, a denominator with
 something more in it need not, and a gate or an affine scale that could silence the head may leave the sink where it is.
@@ -23,12 +23,21 @@ from headway.evidence.criteria import all_of, at_least, at_most, equals
 from headway.evidence.parallel import Together, processes
 from headway.evidence.recipe import Context, Recipe
 from headway.evidence.recipes._sink_arena import ARMS, run_arm
+from headway.evidence.recipes._sink_utilization import (
+    UTILIZATION_CRITERIA,
+    behind,
+    measure_caches,
+    measure_editors,
+    sizes,
+    tokens_needed,
+    utilization_claims,
+    windows_of,
+)
 from headway.methods.sinks.sink_emergence import NO_SINK
 from headway.methods.sinks.sink_survey import IntactKV
 from headway.methods.sinks.sink_survey.comparison import measure_model
 from headway.methods.sinks.sink_survey.interpretation import implicit_bias, no_op_of_model, outlier_circuit
 from headway.statistics import Measurement, bootstrap, bootstrap_ratio
-from headway.tasks.perplexity import negative_log_likelihood
 from headway.tasks.trigger_averaging import STEPS
 
 _LEARNED = at_most(0.01, of="error", label="error as a share of always saying zero")
@@ -69,6 +78,7 @@ CRITERIA = {
         0.3, label="‖A_S V_S‖ ÷ ‖A V‖ in heads that sink", requires=(at_least(0.3, of="share", label="share"),)
     ),
     "outlier-circuit": at_least(0.5, label="attention that the sink loses without its top coordinates"),
+    **UTILIZATION_CRITERIA,
 }
 #: Arms of the language-model arena beside softmax.
 LANGUAGE_ARMS = ("sigmoid", "softpick", "key_slot", "learned_denominator")
@@ -130,18 +140,22 @@ def run(context: Context) -> list[Claim]:
         with_bias = context.stage("arena-with-bias", partial(arena, "softmax-plus-one", bias=True))
         few = context.seeds(settings.language_seeds)
         language = context.stage("language-arena", lambda: _language(settings, few, together))
-    host = cache(lambda: _host(settings))
+    host = cache(lambda: _host(settings, tokens_needed(sizes(context))))
     quantised = context.stage("quantised", lambda: _held(_quantised, host(), settings, context, "windows"))
     explained = context.stage("explained", lambda: _held(_explained, host(), settings, context, "inputs"))
+    size = sizes(context)
+    caches = context.stage("caches", lambda: _used(measure_caches, host(), size, context, "caches"))
+    editors = context.stage("editors", lambda: _used(measure_editors, host(), size, context, "editors"))
     return [
         *_arena_claims(arms, with_bias, seeds, context),
         _language_claim(language, context),
         _quantised_claim(quantised, context),
         *_explanations(explained, context),
+        *utilization_claims(caches, editors, context, explained["source"]),
     ]
 
 
-def _host(settings: Settings) -> Host:
+def _host(settings: Settings, least: int) -> Host:
     from headway.hosts import default_text, load, tokenize
 
     text = default_text()
@@ -154,7 +168,9 @@ def _host(settings: Settings) -> Host:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load(settings.model, dtype="bfloat16" if device == "cuda" else "float32", device=device)
     wanted = max(
-        settings.windows * (settings.prompt + settings.scored), settings.groups * settings.inputs * settings.length
+        settings.windows * (settings.prompt + settings.scored),
+        settings.groups * settings.inputs * settings.length,
+        least,
     )
     ids = tokenize(tokenizer, text, 2 * wanted, allow_longer=True)[0]
     ids = ids[~torch.isin(ids, torch.tensor(tuple(tokenizer.all_special_ids)))]
@@ -167,10 +183,10 @@ def _held(measure: Callable[..., dict[str, Any]], host: Host, settings: Settings
         return measure(host, settings, context.torch_generator(name))
 
 
-def _windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Int[Tensor, "count length"]:
-    """`count` stretches of the text that do not overlap."""
-    places = torch.randperm(len(text) // length, generator=generator)[:count]
-    return torch.stack([text[p * length : (p + 1) * length] for p in places.tolist()])
+def _used(measure: Callable[..., dict[str, Any]], host: Host, size: Any, context: Context, name: str) -> Any:
+    """As `_held`, for a measurement of the rules that use a sink."""
+    with use(host.model):
+        return measure(host.model, host.text, size, context.torch_generator(name))
 
 
 def _arena(name: str, *, seeds: Sequence[int], steps: int, together: Together, bias: bool = False) -> dict[str, Any]:
@@ -188,7 +204,7 @@ def _language(settings: Settings, seeds: Sequence[int], together: Together) -> d
 
     ids = torch.frombuffer(bytearray(default_text().text.encode("utf-8")), dtype=torch.uint8).long()
     border, length = int(0.9 * len(ids)), settings.language["length"]
-    judged = _windows(ids[border:], 32, length, torch.Generator().manual_seed(0))
+    judged = windows_of(ids[border:], 32, length, torch.Generator().manual_seed(0))
     names = ("softmax", *LANGUAGE_ARMS)
     runs = iter(
         together(_language_arm, [(name, settings, ids[:border], judged, seed) for name in names for seed in seeds])
@@ -224,26 +240,20 @@ def _language_arm(name: str, settings: Settings, text: Tensor, judged: Tensor, s
 def _quantised(host: Host, settings: Settings, generator: torch.Generator) -> dict[str, Any]:
     """Mean −ln p of the tokens behind a prompt whose keys are exact, in 4 bits per tensor, and the same with exact
     sinks; by window."""
-    ids = _windows(host.text, settings.windows, settings.prompt + settings.scored, generator)
+    ids = windows_of(host.text, settings.windows, settings.prompt + settings.scored, generator)
     four = partial(IntactKV, bits=4, key_per="tensor", value_per="exact", group=1)
     policies = {"exact": IntactKV(bits=None), "all": four(sinks=0), "sinks_exact": four(sinks=4)}
     losses: dict[str, list[float]] = {}
     for name, policy in policies.items():
         with use(host.model, policy):
-            losses[name] = [_behind(host.model, row[None], settings.prompt) for row in ids]
+            losses[name] = [behind(host.model, row[None], settings.prompt) for row in ids]
     return {"losses": losses, "source": host.source}
-
-
-def _behind(model: Any, ids: Tensor, prompt: int) -> float:
-    past = model(input_ids=ids[:, :prompt], use_cache=True).past_key_values
-    logits = model(input_ids=ids[:, prompt:], past_key_values=past, use_cache=True).logits[0, :-1]
-    return float(negative_log_likelihood(logits, ids[0, prompt + 1 :]).mean())
 
 
 def _explained(host: Host, settings: Settings, generator: torch.Generator) -> dict[str, Any]:
     """The three explanations, group by group of texts."""
     found: dict[str, Any] = {"groups": [], "source": host.source}
-    ids = _windows(host.text, settings.groups * settings.inputs, settings.length, generator)
+    ids = windows_of(host.text, settings.groups * settings.inputs, settings.length, generator)
     for group in ids.split(settings.inputs):
         sink = implicit_bias(host.model, group)
         heads = [(row["layer"], row["head"]) for row in sink.details["heads"]]

@@ -8,7 +8,8 @@ chapters:
   `LogitLever`, `HeadBroadcast`, `Redistribution`, `VisualRedistribution`; `registers`, `prefix` and `losses`.
   StreamingLLM, DuoAttention and ACT, which the survey also lists, are methods of their own;
 - interpretation: tests that return a number and a verdict;
-- mitigation: the normalisers of `headway.kernels.normalizers`, and `headway lab sinks`, which trains them.
+- mitigation: the normalisers of `headway.kernels.normalizers`, and `headway lab sinks`, which trains them; at inference
+  `norm_mask`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from headway.methods.sinks.sink_survey.metrics import (
     token_mask,
     top_to_median,
 )
+from headway.methods.sinks.sink_survey.norm_mask import massive_dimensions, norm_mask
 from headway.methods.sinks.sink_survey.orthorank import OrthoRank, orthogonality
 from headway.methods.sinks.sink_survey.prefix import PrefixTokens, activation_error, prefix_search
 from headway.methods.sinks.sink_survey.quantisation import QuantisationError, quantisation_error, quantise
@@ -108,8 +110,10 @@ __all__ = [
     "kurtosis",
     "lever",
     "massive_activations",
+    "massive_dimensions",
     "mean_over",
     "moved_to",
+    "norm_mask",
     "norm_ratio",
     "orthogonality",
     "position_distillation",
