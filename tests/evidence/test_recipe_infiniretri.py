@@ -8,12 +8,13 @@ import torch
 
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
 from headway.evidence.recipes import _infiniretri_planted as measures
-from headway.evidence.recipes._infiniretri_claims import exponent
-from headway.evidence.recipes._infiniretri_measures import chosen_layer, hide
+from headway.evidence.recipes._infiniretri_claims import exponent, grid_claim
+from headway.evidence.recipes._infiniretri_measures import chosen_layer, hide, last_and_best
 from headway.evidence.recipes._infiniretri_planted import truncated
 from headway.evidence.recipes.infiniretri import CRITERIA
 from headway.hosts import default_text
 from headway.methods.long_context.infiniretri import Settings, split_text
+from headway.statistics import bootstrap_difference, rank_correlation
 from headway.tasks.planted_retrieval import answering_host, planted_host
 
 
@@ -63,6 +64,8 @@ def test_few_cases_prove_nothing(smoke):
         "not-below-bm25",
         "in-window-accuracy",
         "two-hop",
+        "phrase-grid",
+        "last-layers",
     ):
         assert claim(smoke, name).verdict == "inconclusive"
 
@@ -133,6 +136,42 @@ def test_the_layer_is_that_of_the_largest_margin_and_the_last_of_equal_ones():
     assert chosen_layer([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]) == 1
     assert chosen_layer([[-1.0, 2.0, 2.0, 0.5]]) == 2
     assert chosen_layer([[5.0, 1.0, 0.0], [-9.0, 1.0, 1.5]]) == 1
+
+
+def test_the_last_layers_stand_beside_the_quarter_that_other_texts_choose():
+    """Eight layers, so quarters of two. Text 0's needles are found by layers 0 and 1, text 1's by layers 4 and 5: each
+    text is judged by the quarter that serves the other, which finds none of its own."""
+    first = [True, True, False, False, False, False, False, True]
+    second = [False, False, False, False, True, True, True, True]
+    last, best = last_and_best([first, first, second], [0, 0, 1])
+    assert last.tolist() == [0.5, 0.5, 1.0]
+    assert best.tolist() == [0.0, 0.0, 0.0]
+    assert last_and_best([first, second, second], [0, 0, 0])[1].tolist() == [0.0, 1.0, 1.0]
+
+
+def test_the_last_layers_are_judged_by_what_they_lose_to_the_best_before():
+    """Needles that layers 12 to 28 find and the last two do not: a positive rank correlation, and yet a failure."""
+    layers, needles = 30, 16
+    hits = [[12 <= layer < 28 for layer in range(layers)] for _ in range(needles)]
+    last, best = last_and_best(hits, [number // 4 for number in range(needles)])
+    random = np.random.default_rng(0)
+    assert rank_correlation(range(layers), np.mean(hits, axis=0), generator=random).low > 0
+    lost = bootstrap_difference(last, best, paired=True, generator=random)
+    assert CRITERIA["last-layers"].judge({"measured": lost}).verdict == "fails"
+    same = bootstrap_difference(best, best, paired=True, generator=random)
+    assert CRITERIA["last-layers"].judge({"measured": same}).verdict == "holds"
+
+
+def test_the_phrase_grid_asks_every_length_for_its_own_width(tmp_path):
+    context = Context(size="small", seed=0, out=tmp_path)
+    own = {f"{n} {w}": [n == w] * 100 + [False] * 20 for n in measures.WIDTHS for w in measures.WIDTHS}
+    assert judged(grid_claim(context, own, CRITERIA["phrase-grid"])) == "holds"
+    turned = own | {"16 8": [True] * 120, "16 16": [True] * 90 + [False] * 30}
+    assert judged(grid_claim(context, turned, CRITERIA["phrase-grid"])) == "fails"
+
+
+def judged(found):
+    return found.criterion.judge({"measured": found.measured, **found.others}).verdict
 
 
 def test_an_exponent_is_that_of_a_power():

@@ -10,7 +10,7 @@ import numpy as np
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import Criterion
 from headway.evidence.recipe import Context
-from headway.evidence.recipes._infiniretri_planted import SIGNAL, TRUNCATIONS
+from headway.evidence.recipes._infiniretri_planted import SIGNAL, TRUNCATIONS, WIDTHS
 from headway.statistics import Measurement, bootstrap_difference, proportion
 
 
@@ -110,6 +110,32 @@ def phrase_claim(context: Context, found: dict[str, list[bool]], criterion: Crit
         criterion=criterion,
         notes=f"Scores of 512 tokens with unit noise; a phrase lies {SIGNAL:g} above it.",
         details={"hits by phrase length and width": {name: float(np.mean(hits)) for name, hits in found.items()}},
+    )
+
+
+def grid_claim(context: Context, found: dict[str, list[bool]], criterion: Criterion) -> Claim:
+    """Every length of phrase at its own width, beside the width that does best of the others at that length."""
+    own, other = list[float](), list[float]()
+    others = {}
+    for length in WIDTHS:
+        rest = {width: found[f"{length} {width}"] for width in WIDTHS if width != length}
+        best = max(rest, key=lambda width: sum(rest[width]))
+        sides = [float(hit) for hit in found[f"{length} {length}"]], [float(hit) for hit in rest[best]]
+        random = context.generator(f"phrase grid {length}")
+        others[f"length_{length}"] = bootstrap_difference(*sides, paired=True, generator=random)
+        own += sides[0]
+        other += sides[1]
+    return Claim(
+        id="phrase-grid",
+        statement="A phrase of any length is found most often by a window as wide as it is long.",
+        paper=PaperValue("window of about the answer's length", where="method"),
+        measured=bootstrap_difference(own, other, paired=True, generator=context.generator("phrase grid")),
+        criterion=criterion,
+        others=others,
+        notes=f"Phrases of {', '.join(str(width) for width in WIDTHS)} tokens against windows of these widths, on the "
+        "scores of phrase-width. The best other width is picked on the same trials, which favours it. The rates of an "
+        "earlier record, which has no claim about them, were known when the criterion was set: each length was found "
+        "most often at its own width, 16 tokens as often at 4 and 8.",
     )
 
 

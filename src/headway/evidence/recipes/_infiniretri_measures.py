@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from headway.evidence.parallel import side_by_side
@@ -107,6 +108,7 @@ def measure_study(context: Context) -> dict[str, Any]:
     parts = side_by_side(study_text, calls, workers=workers)
     return {
         **{name: [row for part in parts for row in part[name]] for name in ("reciprocal", "hit", "margin", "needles")},
+        "text": [number for number, part in enumerate(parts) for _ in part["hit"]],
         **{name: sum(part[name] for part in parts) for name in ("displaced", "sentences")},
     }
 
@@ -144,6 +146,25 @@ def chosen_layer(margins: Sequence[Sequence[float]]) -> int:
     of equal ones the last, as the paper reads the last layer of all."""
     means = np.mean(np.asarray(margins, dtype=float), axis=0)
     return int(len(means) - 1 - np.argmax(means[::-1]))
+
+
+def last_and_best(
+    hits: Sequence[Sequence[bool]], texts: Sequence[int]
+) -> tuple[Float[np.ndarray, " needles"], Float[np.ndarray, " needles"]]:
+    """For every needle the hit rate of the last quarter of layers, and of the best quarter that ends before it.
+
+    `hits` are (needles, layers). Which quarter is best is read off the needles of the other texts (of equal ones the
+    last), so that choosing among many does not flatter it; a single text has no others and chooses for itself."""
+    found, of = np.asarray(hits, dtype=float), np.asarray(texts)
+    width = max(found.shape[1] // 4, 1)
+    blocks = np.lib.stride_tricks.sliding_window_view(found, width, axis=1).mean(-1)
+    before = blocks[:, : max(blocks.shape[1] - width, 1)]
+    best = np.empty(len(found))
+    for number in range(len(found)):
+        others = of != of[number] if (of != of[number]).any() else of == of[number]
+        means = before[others].mean(0)
+        best[number] = before[number, len(means) - 1 - int(np.argmax(means[::-1]))]
+    return blocks[:, -1], best
 
 
 class _EveryLayer:

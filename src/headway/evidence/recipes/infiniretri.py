@@ -23,6 +23,7 @@ from headway.evidence.recipes._infiniretri_claims import (
     answers_claim,
     best_truncation,
     gain,
+    grid_claim,
     phrase_claim,
     planted_claims,
     rate,
@@ -30,9 +31,10 @@ from headway.evidence.recipes._infiniretri_claims import (
     time_claim,
     two_hop_claim,
 )
-from headway.evidence.recipes._infiniretri_measures import chosen_layer, measure_long, measure_study
+from headway.evidence.recipes._infiniretri_measures import chosen_layer, last_and_best, measure_long, measure_study
 from headway.evidence.recipes._infiniretri_planted import (
     TRUNCATIONS,
+    WIDTHS,
     measure_answers,
     measure_phrases,
     measure_planted,
@@ -40,7 +42,7 @@ from headway.evidence.recipes._infiniretri_planted import (
     measure_slopes,
     measure_two_hops,
 )
-from headway.statistics import Measurement, bootstrap, rank_correlation
+from headway.statistics import Measurement, bootstrap, bootstrap_difference, rank_correlation
 
 CRITERIA = {
     "planted-flat": at_least(0.95, minimum_n=40, label="needles kept"),
@@ -59,6 +61,13 @@ CRITERIA = {
     ),
     "rows-exact": at_most(1e-5, label="largest difference from the full map"),
     "phrase-width": interval_excludes(0, side="above", minimum_n=100, label="hits with smoothing minus without"),
+    "phrase-grid": all_of(
+        interval_excludes(0, side="above", minimum_n=400, label="hits at a phrase's own width minus the best other's"),
+        *(
+            at_least(-0.02, of=f"length_{width}", minimum_n=100, label=f"the same for {width} tokens")
+            for width in WIDTHS
+        ),
+    ),
     "two-hop": at_most(0.5, minimum_n=20, label="first hops kept by replacement"),
     "provenance": at_most(0, minimum_n=40, label="kept sentences that are not their source's span"),
     "needles-64k": at_least(0.9, minimum_n=20, by="value", label="needles kept"),
@@ -67,7 +76,9 @@ CRITERIA = {
     "not-below-bm25": at_least(-0.05, minimum_n=12, label="kept minus BM25's at equal tokens"),
     "in-window-accuracy": at_least(-0.05, minimum_n=12, label="right answers minus those in the window"),
     "fewer-tokens": at_least(0.9, label="share of the tokens that the answer does not read"),
-    "last-layers": interval_excludes(0, side="above", minimum_n=20, label="rank correlation of layer and hit rate"),
+    "last-layers": at_least(
+        -0.05, minimum_n=12, label="hits of the last quarter of layers minus those of the best quarter before"
+    ),
 }
 
 
@@ -75,12 +86,14 @@ def run(context: Context) -> list[Claim]:
     planted = context.stage("planted", lambda: measure_planted(context))
     answers = context.stage("answers", lambda: measure_answers(context))
     slopes = context.stage("slopes", lambda: measure_slopes(context))
+    phrases = context.stage("phrase", lambda: measure_phrases(context))
     claims = [
         *planted_claims(context, planted, CRITERIA),
         answers_claim(context, answers, CRITERIA["planted-answers"]),
         time_claim(slopes, CRITERIA["linear-time"]),
         rows_claim(context.stage("rows", lambda: measure_rows(context)), CRITERIA["rows-exact"]),
-        phrase_claim(context, context.stage("phrase", lambda: measure_phrases(context)), CRITERIA["phrase-width"]),
+        phrase_claim(context, phrases, CRITERIA["phrase-width"]),
+        grid_claim(context, phrases, CRITERIA["phrase-grid"]),
         two_hop_claim(context.stage("two-hop", lambda: measure_two_hops(context)), CRITERIA["two-hop"]),
     ]
     study = context.stage("study", lambda: measure_study(context))
@@ -155,7 +168,10 @@ def _study_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             criterion=CRITERIA["not-below-bm25"],
             baseline=kept["bm25"],
             others=kept,
-            notes="Needles name what is asked for, which suits BM25. One text under another seed was measured before.",
+            notes="Needles name what is asked for, which suits BM25. Four are asked for in one question and share the "
+            "budget of a pass. The host is a base model of 135M parameters; what its other layers find of these "
+            "needles is in last-layers, and what the best of them keeps of other texts in bm25-64k. One text under "
+            "another seed was measured before.",
             details={"kept sentences": found["sentences"], "not their span": found["displaced"]},
         ),
         Claim(
@@ -168,28 +184,40 @@ def _study_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             criterion=CRITERIA["in-window-accuracy"],
             baseline=rate(rows, "in_window"),
             others={"answer": rate(rows, "answer"), "kept": kept["kept"]},
-            notes="The text in the window is as long as what was kept and holds the same needles. One text under "
-            "another seed was measured before.",
+            notes="The text in the window is as long as what was kept and holds all needles of its text, so a needle "
+            "that was not kept is a wrong answer on one side only: the kept rate bounds the other. Kept by the paper's "
+            "last layer. One text under another seed was measured before.",
         ),
     ]
 
 
 def _layer_claim(context: Context, found: dict[str, Any]) -> Claim:
-    hits = np.mean(np.array(found["hit"], dtype=float), axis=0)
+    every = np.array(found["hit"], dtype=float)
+    hits = every.mean(axis=0)
     ranks = np.mean(np.array(found["reciprocal"], dtype=float), axis=0)
+    last, best = last_and_best(found["hit"], found["text"])
     random = context.generator("layers interval")
+    upper = min(len(hits) // 2, len(hits) - 3)
     return Claim(
         id="last-layers",
-        statement="The nearer a layer is to the output, the better its attention finds what is asked for.",
+        statement="The last layers' attention finds what is asked for as often as that of any layers before them.",
         paper=PaperValue("attention sharpens toward the output layers; the last one is used", where="layer study"),
-        measured=rank_correlation(list(range(len(hits))), hits, generator=random),
+        measured=bootstrap_difference(last, best, paired=True, generator=random),
         criterion=CRITERIA["last-layers"],
+        baseline=bootstrap(best, generator=random),
         others={
-            "last layer": bootstrap([row[-1] for row in np.array(found["hit"], dtype=float)], generator=random),
-            "best layer": Measurement(float(hits.max()), n=len(found["hit"])),
+            "last quarter": bootstrap(last, generator=random),
+            "last layer": bootstrap(every[:, -1], generator=random),
+            "best layer": Measurement(float(hits.max()), n=len(every)),
+            "rank correlation of layer and hit rate": rank_correlation(range(len(hits)), hits, generator=random),
+            "the same in the upper half": rank_correlation(range(upper, len(hits)), hits[upper:], generator=random),
         },
-        notes="A hit: the needle's sentence is among as many best sentences of its pass as needles are asked for. "
-        "The best of many layers on the same needles is flattered.",
+        notes="A hit: the needle's sentence is among as many best sentences of its pass as needles are asked for. The "
+        "best quarter before is chosen on the other texts. An earlier criterion asked that the rank correlation of "
+        "layer and hit rate lie above 0 over all layers. In SmolLM2 it was 0.75 [0.47, 0.88] and the claim held, "
+        "though only because the first twelve of its 30 layers find nothing: from layer 14 on the correlation was "
+        "−0.40, the last seven layers hit 0.71 and layers 17 to 23 hit 0.98 of 16 needles. The criterion was changed "
+        "after these numbers were seen, to ask what the layer study says of the last layers.",
         details={
             "hit rate by layer": hits,
             "mean reciprocal rank by layer": ranks,
