@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from headway.evidence import NotRunnableError, load_recipe, prove
 from headway.evidence.recipes._affine_toys import (
     LM_ARMS,
+    OPENER,
     TRIGGER_ARMS,
     LMSettings,
     ScaledTrigger,
     _model,
+    opened,
     uniform_first_share,
     unigram_entropy,
 )
@@ -82,6 +86,14 @@ def test_seeds_of_the_planted_task_do_not_see_each_other(arm):
     together = ScaledTrigger([1, 2], arm)(batch.inputs)[0]
     alone = ScaledTrigger([2], arm)(batch.inputs[1:])[0]
     torch.testing.assert_close(together[1:], alone)
+
+
+def test_an_opener_stands_in_front_of_the_same_text():
+    windows = torch.arange(12).view(2, 6)
+    with_opener = replace(SETTINGS, opener=True)
+    assert opened(windows, with_opener).tolist() == [[OPENER, 0, 1, 2, 3, 4], [OPENER, 6, 7, 8, 9, 10]]
+    assert opened(windows, SETTINGS) is windows
+    assert _model("affine", 0, with_opener).embed_tokens.weight.shape[0] == OPENER + 1
 
 
 def test_what_nothing_learned_gives():

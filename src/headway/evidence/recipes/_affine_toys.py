@@ -54,11 +54,14 @@ EARLY = 500
 BATCHES, SCALES = 1, 2
 #: Share of the text that no training batch reads.
 HELD_OUT = 0.1
+#: The token behind the bytes that opens a sequence.
+OPENER = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class LMSettings:
-    """Sizes of the language models and of their training. `arms` are names of `LM_ARMS`."""
+    """Sizes of the language models and of their training. `arms` are names of `LM_ARMS`; with `opener` every sequence
+    starts with one token of its own, which small models make a sink of."""
 
     arms: tuple[str, ...]
     seeds: int
@@ -72,6 +75,7 @@ class LMSettings:
     validation: int
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
+    opener: bool = False
 
 
 def byte_text(characters: int | None = None) -> Int[Tensor, " bytes"]:
@@ -98,7 +102,7 @@ def run_language_model(arm: str, seed: int, settings: LMSettings, text: Int[Tens
     def batch(number: int) -> Int[Tensor, "batch tokens"]:
         generator = generator_of(BATCHES, seed, number)
         starts = torch.randint(cut - settings.tokens, (settings.batch,), generator=generator)
-        return torch.stack([text[s : s + settings.tokens] for s in starts.tolist()])
+        return opened(torch.stack([text[s : s + settings.tokens] for s in starts.tolist()]), settings)
 
     trained = train(
         model,
@@ -112,7 +116,7 @@ def run_language_model(arm: str, seed: int, settings: LMSettings, text: Int[Tens
     )
     held = text[cut:]
     count = min(settings.validation, len(held) // settings.tokens)
-    windows = held[: count * settings.tokens].view(count, settings.tokens)
+    windows = opened(held[: count * settings.tokens].view(count, settings.tokens), settings)
     model.eval()
     reading = FirstTokenReading()
     with torch.no_grad(), observe(model, reading):
@@ -137,13 +141,20 @@ def run_language_model(arm: str, seed: int, settings: LMSettings, text: Int[Tens
     }
 
 
+def opened(windows: Int[Tensor, "batch tokens"], settings: LMSettings) -> Int[Tensor, "batch tokens"]:
+    """The windows behind the opener, where there is one; the last token is pushed out."""
+    if not settings.opener:
+        return windows
+    return torch.cat([torch.full_like(windows[:, :1], OPENER), windows[:, :-1]], 1)
+
+
 def _model(arm: str, seed: int, settings: LMSettings) -> Any:
     from headway.models import HeadwayConfig, HeadwayForCausalLM
 
     def make(options: dict[str, Any]) -> Any:
         torch.manual_seed(mixed_seed(seed))
         config = HeadwayConfig(
-            vocab_size=256,
+            vocab_size=OPENER + settings.opener,
             width=settings.width,
             layers=settings.layers,
             heads=settings.heads,

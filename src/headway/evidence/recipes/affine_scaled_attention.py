@@ -13,6 +13,7 @@ text alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,16 +55,16 @@ CRITERIA = {
     "gradient-variation": at_least(
         2 / 3, by="value", minimum_n=3, label="share of seeds with steadier gradient norms", requires=(_TRAINED,)
     ),
+    "scale-spread": all_of(
+        at_least(0.05, label="standard deviation of α"),
+        at_least(1.0, of="over_sigmoid", label="that ÷ the one with a sigmoid"),
+        requires=(_TRAINED,),
+    ),
     "first-weight": interval_excludes(
         0,
         side="below",
         label="raw weight on the first token − that of softmax",
         requires=(at_least(SINKS, of="sink", label="weight of softmax ÷ an even share"),),
-    ),
-    "scale-spread": all_of(
-        at_least(0.05, label="standard deviation of α"),
-        at_least(1.0, of="over_sigmoid", label="that ÷ the one with a sigmoid"),
-        requires=(_TRAINED,),
     ),
     "sink-stays": _SINK_STAYS,
     "sink-stays-length": _SINK_STAYS,
@@ -84,8 +85,8 @@ _SEEN = (
 def run(context: Context) -> list[Claim]:
     """The claims about language models, then those about the planted task."""
     arms = ("base", "denominator", "affine", "sigmoid")
-    small = {"width": 64, "layers": 4, "heads": 4, "tokens": 64, "batch": 8}
-    large = {"width": 1024, "layers": 24, "heads": 16, "tokens": 2048, "batch": 1024}
+    small: dict[str, Any] = {"width": 64, "layers": 4, "heads": 4, "tokens": 64, "batch": 8}
+    large: dict[str, Any] = {"width": 1024, "layers": 24, "heads": 16, "tokens": 2048, "batch": 1024}
     settings = context.choose(
         smoke=LMSettings(
             arms=arms, seeds=2, width=16, layers=1, heads=2, tokens=24, batch=2, steps=6, warmup=2, validation=2
@@ -93,6 +94,10 @@ def run(context: Context) -> list[Claim]:
         small=LMSettings(arms=arms, seeds=3, steps=500, warmup=50, validation=64, **small),
         full=LMSettings(arms=tuple(LM_ARMS), seeds=3, steps=9000, warmup=100, validation=256, **large),
     )
+    # Text alone brings models of this size no sink on the first token; one token that opens all sequences does.
+    sinking = replace(settings, arms=("base", "affine"), opener=True)
+    if context.size == "small":
+        sinking = replace(sinking, seeds=5, layers=2, heads=8, batch=16, learning_rate=2e-2, weight_decay=0.5)
     text = byte_text(context.choose(smoke=20_000, small=None, full=None))
     seeds = context.seeds(settings.seeds)
     steps = context.choose(smoke=10, small=STEPS, full=STEPS)
@@ -102,13 +107,24 @@ def run(context: Context) -> list[Claim]:
         for arm in context.track(settings.arms, "language models"):
             calls = [(arm, seed, settings, text) for seed in seeds]
             models[arm] = context.stage(f"lm-{_slug(arm)}", partial(together, run_language_model, calls))
+        few = context.seeds(sinking.seeds)
+        opened = {
+            arm: context.stage(
+                f"opened-{arm}", partial(together, run_language_model, [(arm, seed, sinking, text) for seed in few])
+            )
+            for arm in sinking.arms
+        }
         planted = {
             arm: context.stage(f"trigger-{_slug(arm)}", partial(_planted, arm, heads, steps, together))
             for arm in context.track(TRIGGER_ARMS, "heads of the planted task")
         }
     learned = [loss / unigram_entropy(text) for loss in _column(models["base"], "validation")]
     even = uniform_first_share(settings.tokens)
-    return [*_model_claims(context, models, seeds, learned, even), *_trigger_claims(context, planted, heads)]
+    return [
+        *_model_claims(context, models, seeds, learned),
+        _first_weight_claim(context, opened, few, even),
+        *_trigger_claims(context, planted, heads),
+    ]
 
 
 def _planted(arm: str, seeds: Sequence[int], steps: int, together: Together) -> dict[str, Any]:
@@ -121,9 +137,7 @@ def _slug(arm: str) -> str:
     return arm.replace("_", "-")
 
 
-def _model_claims(
-    context: Context, models: dict[str, Any], seeds: list[int], learned: list[float], even: float
-) -> list[Claim]:
+def _model_claims(context: Context, models: dict[str, Any], seeds: list[int], learned: list[float]) -> list[Claim]:
     base, affine = models["base"], models["affine"]
     gate = {"learned": _mean(context, learned, "learned", seeds)}
     steadier = [a < b for a, b in zip(_column(affine, "variation"), _column(base, "variation"), strict=True)]
@@ -163,26 +177,6 @@ def _model_claims(
             },
         ),
         Claim(
-            id="first-weight",
-            statement="The raw weight on the first token is lower with affine-scaled attention.",
-            paper=PaperValue("lower first-token weight", "1 B", "figures"),
-            measured=bootstrap_difference(
-                _column(affine, "raw"),
-                _column(base, "raw"),
-                paired=True,
-                generator=context.generator("first weight"),
-                seeds=seeds,
-            ),
-            others={"sink": _mean(context, [raw / even for raw in _column(base, "raw")], "sink", seeds)},
-            criterion=CRITERIA["first-weight"],
-            notes="A lower raw weight is no sink that is gone: the share |w_1| / Σ|w| stands beside it.",
-            details={
-                arm: [_pick(run, "raw", "share", "largest_share", "mass", "entropy", "negative") for run in runs]
-                for arm, runs in models.items()
-            }
-            | {"an even share": even},
-        ),
-        Claim(
             id="scale-spread",
             statement="Scales differ between tokens and heads, and more so with linear clipping than with a sigmoid.",
             paper=PaperValue("58.0 against 57.6 on average", "1 B, clipping against sigmoid", "ablation"),
@@ -198,6 +192,33 @@ def _model_claims(
             details={arm: [run["scales"] for run in models[arm]] for arm in ("affine", "sigmoid")},
         ),
     ]
+
+
+def _first_weight_claim(context: Context, models: dict[str, Any], seeds: list[int], even: float) -> Claim:
+    base, affine = models["base"], models["affine"]
+    return Claim(
+        id="first-weight",
+        statement="The raw weight on the first token is lower with affine-scaled attention.",
+        paper=PaperValue("lower first-token weight", "1 B", "figures"),
+        measured=bootstrap_difference(
+            _column(affine, "raw"),
+            _column(base, "raw"),
+            paired=True,
+            generator=context.generator("first weight"),
+            seeds=seeds,
+        ),
+        others={"sink": _mean(context, [raw / even for raw in _column(base, "raw")], "sink", seeds)},
+        criterion=CRITERIA["first-weight"],
+        notes="A lower raw weight is no sink that is gone: the share |w_1| / Σ|w| stands beside it. One token opens "
+        "every sequence of these models (at size small 2 layers of width 64, 8 heads, 500 steps at 0.02). Models that "
+        "read text alone, as those of the other claims, gave their first token 0.36 times its even share in an earlier "
+        "record: no sink that could be made smaller.",
+        details={
+            arm: [_pick(run, "raw", "share", "largest_share", "mass", "entropy", "negative") for run in runs]
+            for arm, runs in models.items()
+        }
+        | {"an even share": even},
+    )
 
 
 def _trigger_claims(context: Context, planted: dict[str, Any], seeds: list[int]) -> list[Claim]:
