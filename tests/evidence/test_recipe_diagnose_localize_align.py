@@ -113,15 +113,66 @@ def test_every_answer_is_judged_under_both_rules():
     assert found["gain"] == [0.0] * 2 * len(method.KINDS), "what is liked for its form gains nothing"
 
 
-def test_a_rate_is_chosen_by_the_loss_of_unseen_pairs():
+def test_the_rate_of_each_form_is_the_one_under_which_preferred_answers_are_likeliest(monkeypatch):
+    class Context:
+        size = "smoke"
+
+        def generator(self, name):
+            return np.random.default_rng(0)
+
+    asked = []
+
+    def loss(base, layers, pairs, held, settings):
+        asked.append((layers, settings.learning_rate))
+        assert settings.weights == "uniform"
+        assert not {case.conflict for case in pairs} >= {case.conflict for case in held}
+        return abs(np.log(settings.learning_rate / 2.1e-3)) if layers else float("inf") if len(asked) % 2 else 1.0
+
+    monkeypatch.setattr(toy, "train", lambda steps, seed: None)
+    monkeypatch.setattr(measures, "preferred_loss", loss)
+    found = recipe._rates(Context())
+    assert found["chosen"]["lora"] == 2e-3
+    assert np.isfinite(found["losses"]["full"][str(found["chosen"]["full"])])
+    assert [rate for layers, rate in asked if layers] == list(recipe.RATES["lora"])
+
+
+def test_the_loss_of_preferred_answers_is_that_of_their_tokens():
     base = toy.train(12, 0)
     pairs = toy.draw_cases(32, np.random.default_rng(0))
-    none, some = (
-        measures.preference_loss(base, [0, 1], pairs, pairs, recipe._settings("uniform", 12, rate, 0))
-        for rate in (1e-12, 5e-3)
-    )
-    assert none == pytest.approx(np.log(2), abs=1e-4)
-    assert some < none
+    none = measures.preferred_loss(base, [0, 1], pairs, pairs, recipe._settings("uniform", 2, 1e-12, 0))
+    with torch.no_grad():
+        wanted = [
+            base(input_ids=torch.tensor([case.conflict + case.obeys])).logits[0, toy.PROMPT - 1 : -1].log_softmax(-1)
+            for case in pairs
+        ]
+    by_hand = [-float(sum(row[i, t] for i, t in enumerate(c.obeys))) for row, c in zip(wanted, pairs, strict=True)]
+    assert none == pytest.approx(np.mean(by_hand), abs=1e-4)
+    tuned = toy.tune(base, pairs, 10, 0)
+    assert measures.preferred_loss(tuned, [0], pairs, pairs, recipe._settings("uniform", 1, 1e-12, 0)) < none
+
+
+def test_the_share_of_parameters_is_that_of_all_decoders():
+    def run(what, number, parameters, mode="attention"):
+        return {
+            "what": what, "mode": mode, "number": number, "parameters": parameters, "steps": 4, "layers": [0],
+            "compliance": dict.fromkeys(("new inputs", "held pairs", "held relation"), 0.9 - 0.1 * number),
+            "agreement": 1.0, "curve": [[1, 0.1, 2.0], [4, 0.9, 4.0]] if what == "focal" else [],
+        }  # fmt: skip
+
+    class Context:
+        def generator(self, name):
+            return np.random.default_rng(0)
+
+    effects = {name: {"focal": 2.0, "by_control": [1.0], "p": 0.5} for name in ("anywhere", "same_layers")}
+    made = {
+        "agreement": 1.0, "compliance": {"new inputs": 0.1}, "located": {"effects": effects, "heads": [], "layers": []}
+    }  # fmt: skip
+    runs = [run("focal", i, size, mode) for mode in measures.MODES for i, size in enumerate((10, 30, 20))]
+    runs += [run(what, i, 60) for what in ("all", "full", "random", "least_moved") for i in range(2)]
+    found = {c.id: c for c in recipe.claims.toy_claims(Context(), [made] * 3, runs, {})}
+    share = found["focal-layers-are-enough"].others["share_of_parameters"]
+    assert (share.value, share.n) == (pytest.approx((10 / 60 + 30 / 60) / 2), 2)
+    assert found["reward-weights-beat-a-constant"].measured.value == 0
 
 
 def test_the_paper_setting_needs_a_gpu(monkeypatch):

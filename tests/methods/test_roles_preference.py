@@ -152,6 +152,19 @@ def test_a_constant_reward_scales_all_tokens_alike():
     assert weights[response()].tolist() == pytest.approx([1.05] * 11)
 
 
+def test_one_weight_for_every_token_is_dpo_at_another_beta():
+    chosen, rejected = random(3, 6), random(3, 9)
+    for weight in (1.0, 2.5):
+        found = dla.preference_loss(
+            chosen, rejected, torch.full_like(chosen, weight), torch.full_like(rejected, weight), beta=0.2
+        )
+        plain = -torch.nn.functional.logsigmoid(0.2 * weight * (chosen.sum(-1) - rejected.sum(-1))).mean()
+        assert float(found.loss) == pytest.approx(float(plain), abs=1e-6)
+    none = constant_reward(0.0, response())
+    for side in ("chosen", "rejected"):
+        assert torch.equal(dla.reward_weights(none, response(), side=side), dla.uniform_weights(response()))
+
+
 def test_token_logps_stand_at_their_token():
     logits = random(2, 5, 11)
     ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(4))

@@ -27,6 +27,7 @@ LEARNED = (
 )
 #: What is said of alignment counts when training all layers, the reference, works at all.
 WORKS = at_least(0.8, of="taught", by="value", label="compliance after LoRA on all layers")
+HALF_WAY = f"Compliance half-way through training; steps to {measures.REACHED:.0%} beside it."
 #: Of the 270 heads of SmolLM2: a planted head may be beaten by none.
 FIRST = 0.8
 
@@ -67,6 +68,12 @@ CRITERIA = {
     ),
     "reward-weights-help": at_least(
         0.0, label="compliance with reward weights minus uniform ones, at equal steps", requires=(*LEARNED, WORKS)
+    ),
+    "reward-weights-beat-a-constant": interval_excludes(
+        0.0,
+        side="above",
+        label="compliance with reward weights minus those of one constant reward, at equal steps",
+        requires=(*LEARNED, WORKS),
     ),
     "cras-follows-compliance": rank_correlation_at_least(
         0.8, by="value", label="ρ of CRAS and compliance over checkpoints", requires=(*LEARNED, WORKS)
@@ -186,8 +193,11 @@ def toy_claims(
     table = {
         what: mean(column(what), what) for what in ("focal", "random", "least_moved", "all", "full") if column(what)
     }
-    parameters = {run["what"]: run["parameters"] for run in runs}
-    share = parameters["focal"] / parameters["all"]
+    parameters = {
+        what: [run["parameters"] for run in runs if run["what"] == what and run["mode"] == "attention"]
+        for what in ("focal", "all")
+    }
+    share = np.divide(parameters["focal"][:layered], parameters["all"])
     anywhere, close = ([one["located"]["effects"][name] for one in toys] for name in ("anywhere", "same_layers"))
     note = (
         f"{len(toys)} decoders of {toy.LAYERS} layers and {toy.HEADS} heads a layer, each trained here on a role "
@@ -195,8 +205,12 @@ def toy_claims(
         "of rules that alignment saw; pairs and a relation that it never saw stand beside it. An earlier design (35 "
         "facts, β 0.1, 24 steps at 1e-3, compliance on pairs of rules that were held out) was measured whole and given "
         "up: LoRA on all layers did not turn it. β, steps and the test set were then chosen on one decoder, and the "
-        "gate on all layers was added; the thresholds stayed. The rates of adapters and of all parameters are those of "
-        "the least preference loss on unseen pairs, of a decoder that nothing else is measured on."
+        "gate on all layers was added; the thresholds stayed. A first record missed that gate at 0.71: its rate was "
+        "that of the least preference loss on unseen pairs, 5e-3, at which both answers became unlikely and 0.71 of "
+        "the answers in agreement were lost. Two decoders of other seeds, looked at then, obeyed in 0.92 and 0.90 of "
+        "the conflicts at 2e-3 after 80 and 160 steps, and kept 0.79 and 0.92 of their answers in agreement. The rate "
+        "is now the one under which preferred answers are likeliest on unseen pairs, of a decoder that nothing else is "
+        "measured on, and steps and pairs are twice as many; the criteria stayed."
     )
     others = {
         "over_random": bootstrap_difference(
@@ -228,7 +242,7 @@ def toy_claims(
             criterion=CRITERIA["focal-layers-are-enough"],
             others={
                 **table,
-                "share_of_parameters": Measurement(share),
+                "share_of_parameters": mean(share.tolist(), "parameters"),
                 "gain_of_full_training": _ratio(
                     context, np.subtract(column("full"), start), np.subtract(whole, start), "full"
                 ),
@@ -263,6 +277,7 @@ def toy_claims(
             notes=note,
         ),
         *(_weighting(context, runs, mode, gates, note) for mode in ("attention", "reward")),
+        _constant_claim(context, runs, gates, note),
         Claim(
             id="cras-follows-compliance",
             statement="CRAS by the rule judge rises with true compliance.",
@@ -310,19 +325,6 @@ def _looks(curves: Sequence[Sequence[Any]]) -> int:
 def _weighting(
     context: Context, runs: Sequence[dict[str, Any]], mode: str, gates: dict[str, Measurement], note: str
 ) -> Claim:
-    by_mode = {name: [run for run in runs if run["what"] == "focal" and run["mode"] == name] for name in measures.MODES}
-    count = min(len(found) for found in by_mode.values())
-
-    def at_budget(name: str) -> list[float]:
-        return [half_way(run["curve"]) for run in by_mode[name][:count]]
-
-    reached = {
-        f"steps_{name}": bootstrap(
-            [measures.steps_to(run["curve"], run["steps"]) for run in by_mode[name][:count]],
-            generator=context.generator(f"steps {name}"),
-        )
-        for name in ("uniform", mode)
-    }
     return Claim(
         id=f"{mode}-weights-help",
         statement=f"Token weights by {mode} reach at least the compliance of uniform ones in as many steps.",
@@ -330,13 +332,47 @@ def _weighting(
             "tokens are credited by focal attention" if mode == "attention" else "reward-guided weights",
             where="abstract" if mode == "attention" else "released code",
         ),
-        measured=bootstrap_difference(
-            at_budget(mode), at_budget("uniform"), paired=True, generator=context.generator(f"weights {mode}")
-        ),
+        measured=_at_budget(context, runs, mode, "uniform"),
         criterion=CRITERIA[f"{mode}-weights-help"],
-        others={**reached, **gates},
-        notes=f"{note} Compliance half-way through training; steps to {measures.REACHED:.0%} beside it.",
+        others={**_reached(context, runs, ("uniform", mode)), **gates},
+        notes=f"{note} {HALF_WAY}",
     )
+
+
+def _constant_claim(
+    context: Context, runs: Sequence[dict[str, Any]], gates: dict[str, Measurement], note: str
+) -> Claim:
+    return Claim(
+        id="reward-weights-beat-a-constant",
+        statement="Rewards of their own for tokens do better than one reward for all of them.",
+        paper=PaperValue("a constant reward does worse", where="reviews"),
+        measured=_at_budget(context, runs, "reward", "constant"),
+        criterion=CRITERIA["reward-weights-beat-a-constant"],
+        others={**_reached(context, runs, ("constant", "reward")), **gates},
+        notes=f"{note} {HALF_WAY} A constant reward r weighs chosen tokens by 1 + a β r and rejected ones by "
+        "1 − a β r; with r = 0 both are DPO's.",
+    )
+
+
+def _by_mode(runs: Sequence[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
+    return [run for run in runs if run["what"] == "focal" and run["mode"] == mode]
+
+
+def _at_budget(context: Context, runs: Sequence[dict[str, Any]], mode: str, other: str) -> Measurement:
+    """Compliance half-way through training by one source of weights minus that by another, decoder by decoder."""
+    first, second = ([half_way(run["curve"]) for run in _by_mode(runs, name)] for name in (mode, other))
+    name = f"weights {mode}" if other == "uniform" else f"weights {mode} {other}"
+    return bootstrap_difference(first, second, paired=True, generator=context.generator(name))
+
+
+def _reached(context: Context, runs: Sequence[dict[str, Any]], modes: Sequence[str]) -> dict[str, Measurement]:
+    return {
+        f"steps_{name}": bootstrap(
+            [measures.steps_to(run["curve"], run["steps"]) for run in _by_mode(runs, name)],
+            generator=context.generator(f"steps {name}"),
+        )
+        for name in modes
+    }
 
 
 def half_way(curve: Sequence[Sequence[float]]) -> float:

@@ -28,17 +28,18 @@ from headway.evidence.recipes._stages import in_stages
 from headway.methods.diagnosis import diagnose_localize_align as method
 
 CRITERIA = claims.CRITERIA
-#: Rates that are tried on a decoder of their own: adapters on all layers, and all parameters. The one with the least
-#: preference loss on pairs that it was not trained on is used for every measured run of that form; compliance plays no
-#: part. The released rate and β are for models of billions.
-RATES = {"lora": (2e-3, 5e-3, 1e-2), "full": (2e-4, 8e-4, 3e-3)}
+#: Rates that are tried on a decoder of their own: adapters on all layers, and all parameters. The one under which
+#: preferred answers that it was not trained on are likeliest is used for every measured run of that form. Their
+#: preference loss does not tell: it falls on, at rates that make both answers unlikely. The released rate and β are for
+#: models of billions.
+RATES = {"lora": (1e-3, 2e-3, 5e-3), "full": (5e-5, 2e-4, 8e-4)}
 BETA, BATCH = 0.5, 16
 
 
 #: Pairs that heads are found on, control sets, steps of the toy and of its reward model; steps and pairs of alignment;
 #: cases of each test.
 TOY = {"smoke": (6, 2, 10, 2), "small": (60, 20, 220, 30), "full": (200, 100, 2000, 200)}
-ALIGN = {"smoke": (4, 16), "small": (80, 200), "full": (100, 800)}
+ALIGN = {"smoke": (4, 16), "small": (160, 400), "full": (200, 800)}
 TESTS = {"smoke": 40, "small": 300, "full": 1000}
 
 
@@ -101,8 +102,8 @@ def _real(context: Context) -> dict[str, Any]:
 
 
 def _rates(context: Context) -> dict[str, Any]:
-    """The preference loss by form and rate, and the rate of the least, on one decoder that nothing else is measured
-    on."""
+    """The loss of preferred answers by form and rate, and the rate of the least, on one decoder that nothing else is
+    measured on."""
     (_, _, train, _), (steps, count) = TOY[context.size], ALIGN[context.size]
     seed = int(context.generator("rates").integers(2**31))
     base = toy.train(train, seed)
@@ -110,7 +111,7 @@ def _rates(context: Context) -> dict[str, Any]:
     layers = {"lora": list(range(toy.LAYERS)), "full": None}
 
     def loss(form: str, rate: float) -> float:
-        return measures.preference_loss(base, layers[form], pairs, held, _settings("uniform", steps, rate, seed))
+        return measures.preferred_loss(base, layers[form], pairs, held, _settings("uniform", steps, rate, seed))
 
     losses = {form: {str(rate): loss(form, rate) for rate in rates} for form, rates in RATES.items()}
     return {"losses": losses, "chosen": {form: float(min(some, key=some.__getitem__)) for form, some in losses.items()}}
