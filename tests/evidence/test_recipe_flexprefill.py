@@ -23,7 +23,7 @@ from headway.evidence.recipes._flexprefill_baselines import (
     window_of_density,
 )
 from headway.evidence.recipes._flexprefill_planted import planted, planted_head
-from headway.evidence.recipes._flexprefill_text import GAMMAS, Baselines, compared, sides_of
+from headway.evidence.recipes._flexprefill_text import GAMMAS, Baselines, compared, exact_needles, sides_of
 from headway.evidence.recipes.flexprefill import CRITERIA
 from headway.methods.long_context.flexprefill import FlexPrefill
 
@@ -202,6 +202,48 @@ def test_a_model_that_does_not_know_the_needle_says_nothing_about_it(tmp_path):
     assert recipe._needle_claim(context, found).verdict == "holds"
     found["rank one"]["dense"] = [0.5] * 8
     assert recipe._needle_claim(context, found).verdict == "inconclusive"
+
+
+def needles_found(**exact):
+    """Ten needles at depths 10 and 90 beside a window that reads 0.64 of the triangle, which is 0.4 of the keys."""
+    rates = {name: [1.0 if hit else 0.875 for hit in hits] for name, hits in exact.items()}
+    return {"rank one": rates, "density": {"window": [0.64] * 20}, "depths": [10, 90] * 10, "nll": {}}
+
+
+def test_needles_before_the_window_are_far():
+    exact, far = exact_needles(needles_found(window=[False, True] * 10))
+    assert far == [True, False] * 10
+    assert exact["window"] == [0.0, 1.0] * 10
+    assert (
+        exact_needles(needles_found(window=[True] * 20) | {"depths": [54] * 10 + [56] * 10})[1]
+        == [True] * 10 + [False] * 10
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "holds"),
+        ({"flex": [True] * 19 + [False]}, "fails"),
+        ({"window": [True, True] * 2 + [False, True] * 8}, "fails"),
+        ({"dense": [True, False] * 10, "flex": [True] * 20}, "inconclusive"),
+    ],
+)
+def test_needle_accuracy_asks_for_all_of_dense_and_none_of_the_windows_far_ones(tmp_path, changed, verdict):
+    right = {name: [True] * 20 for name in ("dense", "flex", "random", "fixed")} | {"window": [False, True] * 10}
+    context = Context(size="small", seed=0, out=tmp_path)
+    assert recipe._accuracy_claim(context, needles_found(**right | changed)).verdict == verdict
+
+
+def test_divergences_are_given_by_layer_and_head_and_decide_the_pattern(smoke):
+    details = claim(smoke, "gamma").details
+    by_layer = details["D by layer and head"]
+    assert len(by_layer) == 2
+    heads = [value for values in by_layer.values() for value in values]
+    assert all(0 <= value <= 0.8326 for value in heads)
+    assert len(set(heads)) == len(heads)
+    aware = sum(value < FlexPrefill().tau for value in heads) / len(heads)
+    assert details["share of query-aware heads"] == [pytest.approx(aware)]
 
 
 def test_measurements_depend_on_the_seed_alone(tmp_path):

@@ -36,6 +36,8 @@ GAMMA = 0.9
 #: Query rows, spread over the text, on which kept mass is measured; and the last rows, where a question stands.
 ROWS, LAST_ROWS = 96, 64
 TENSORS = ("query", "key", "value")
+#: Share of the prompt beyond a window's reach from which on a needle counts as far: a needle and the question.
+SLACK = 0.05
 #: How a baseline is given its density: what FlexPrefill read in the same call, or its mean over all calls of the text.
 BUDGETS = ("call", "mean")
 
@@ -87,6 +89,7 @@ def compared(
                 ),
                 "by length": [method.blocks_of(part).density for part in first],
                 "query-aware": float(default.query_aware.double().mean()),
+                "divergence": default.divergence[0].tolist(),
                 "densest / sparsest head": float(default.head_density().max() / default.head_density().min()),
             }
         )
@@ -204,6 +207,25 @@ def by_layer(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def divergences(found: dict[str, Any]) -> dict[str, list[float]]:
+    """Mean D over texts of every head, by layer: below τ a head gets the query-aware pattern."""
+    every = [call for text in found["texts"] for call in text]
+    return {
+        str(layer): np.mean([call["divergence"] for call in every if call["layer"] == layer], 0).tolist()
+        for layer in sorted({call["layer"] for call in every})
+    }
+
+
+def exact_needles(found: dict[str, Any]) -> tuple[dict[str, list[float]], list[bool]]:
+    """Whether every token of the value is ranked first, by side and needle, and which needles lie before the window.
+
+    A window of w of the keys reads 1 − (1 − w)² of the triangle; a needle is far when its depth leaves SLACK more than
+    that behind it, for the question stands there as well."""
+    exact = {name: [float(rate == 1) for rate in rates] for name, rates in found["rank one"].items()}
+    shares = [1 - math.sqrt(max(1 - density, 0.0)) for density in found["density"].get("window", [])]
+    return exact, [1 - depth / 100 > share + SLACK for depth, share in zip(found["depths"], shares, strict=True)]
+
+
 def needles(context: Context) -> dict[str, Any]:
     """How surely the model gives a planted value when the prompt, question included, is prefilled by each method."""
     found: dict[str, Any] = {"nll": {}, "rank one": {}, "density": {}, "depths": []}
@@ -213,7 +235,7 @@ def needles(context: Context) -> dict[str, Any]:
     from headway.tasks.needle import needle_grid, planted_score
 
     length, depths, repeats, block = context.choose(
-        small=(768, (10, 30, 50, 70, 90), 2, 32), full=(32768, tuple(range(0, 101, 10)), 5, 128)
+        small=(768, (10, 30, 50, 70, 90), 4, 32), full=(32768, tuple(range(0, 101, 10)), 5, 128)
     )
     model, tokenizer = _host(context, length)
     samples = list(needle_grid(tokenizer, [length], depths=depths, text=default_text().text, repeats=repeats))

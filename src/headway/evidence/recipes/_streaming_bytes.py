@@ -204,7 +204,9 @@ def byte_claims(context: Context, setting: Bytes, arms: dict[str, Any]) -> list[
             measured=perplexity_ratio(context, "bytes alone", _stream(found, 0, long), one),
             criterion=BYTE_CRITERIA["bytes-window-alone"],
             others=gates,
-            notes="How much is lost depends on how strong a sink the model grew, which is given beside it.",
+            notes="How much is lost depends on how strong a sink the model grew, which is given beside it. It has "
+            f"{setting.layers} layers of width {setting.width} and is trained for {setting.steps} steps on samples of "
+            f"{setting.length} bytes.",
             details=details,
         ),
         Claim(

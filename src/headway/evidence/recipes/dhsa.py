@@ -162,6 +162,7 @@ def _targets_claim(context: Context, found: dict[str, list[float]]) -> Claim:
 
 
 def _predictor_claim(context: Context, found: dict[str, Any]) -> Claim:
+    sizes = text.sizes_of(context)
     random = context.generator("predictor interval")
     return Claim(
         id="predictor",
@@ -172,7 +173,9 @@ def _predictor_claim(context: Context, found: dict[str, Any]) -> Claim:
         else Measurement(float("nan"), n=len(found["f1"])),
         criterion=CRITERIA["predictor"],
         notes="As many best gaps as are labelled (so F1 = precision = recall) against as many random ones; one value "
-        "per text, over layers.",
+        f"per text, over layers. Trained on {sizes.train} texts of {sizes.tokens} tokens for {sizes.epochs} epochs, "
+        "where the released one had up to 10,000 texts a source. Labels are those of the release, a ratio of 2 in the "
+        "attention of all heads together; the more gaps have it, the better a guess at that rate does.",
         details=found,
     )
 
@@ -257,6 +260,11 @@ def _root_claim(context: Context, found: dict[str, Any]) -> Claim:
             mass["predicted"], mass["predicted, mean"], paired=True, generator=context.generator("root interval")
         ),
         criterion=CRITERIA["root-on-text"],
+        notes="Non-maximum suppression within 8 tokens leaves chunks of about 12 on average, of differing length. √n "
+        "is derived from keys that are independent noise around a chunk's mean; keys of neighbouring tokens are not, "
+        "so that a mean over more of them loses less spread than 1/√n and √n favours long chunks. Which length gains "
+        "is measured on planted targets in target-length.",
+        details={"kept mass": {name: float(np.mean(mass[name])) for name in ("predicted", "predicted, mean")}},
     )
 
 
