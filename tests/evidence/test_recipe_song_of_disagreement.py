@@ -79,6 +79,28 @@ def test_places_are_compared_among_tokens_that_decide_nothing():
     assert measures._idle(example).tolist() == (~marks).tolist()
 
 
+def test_precision_is_that_of_the_planted_words_alone(monkeypatch):
+    """A method that ranks the deciding words first, and one that ranks them last."""
+    given = toys.examples("additive", 3, 0)
+
+    class One:
+        error = None
+
+        def __init__(self, scores):
+            self.scores = scores
+
+    def explain(classifier, example, methods, settings, seed):
+        marks = example.rationale.astype(float)
+        noise = np.linspace(0, 0.1, len(marks))
+        return {"lime": One(marks + noise), "ablation": One(1.1 - marks + noise)} if methods else {}
+
+    monkeypatch.setattr(measures, "explain", explain)
+    found = measures.compared(toys.recurrent(0), given, ("lime", "ablation"), measures.Settings(masks=4), 0)
+    assert found["precision"]["lime"] == found["auroc"]["lime"] == [1.0] * 3
+    assert found["auroc"]["ablation"] == [0.0] * 3
+    assert all(0 < value < 0.6 for value in found["precision"]["ablation"])
+
+
 def test_methods_are_chosen_on_other_texts_than_they_are_measured_on():
     class Context:
         def generator(self, name):
@@ -87,6 +109,7 @@ def test_methods_are_chosen_on_other_texts_than_they_are_measured_on():
     # "lucky" is right on the texts that choose it alone, "dull" on none.
     found = {
         "auroc": {"good": [1.0] * 8, "lucky": [1.0, 0.0] * 4, "dull": [0.5] * 8},
+        "precision": {"good": [1.0, 0.8] * 4, "lucky": [1.0, 0.2] * 4, "dull": [0.1] * 8},
         "pairs": {"good lucky": [0.9, 0.1] * 4, "good dull": [0.7] * 8, "lucky dull": [0.7] * 8},
     }
     made = claims.faithful_claim(
@@ -95,6 +118,8 @@ def test_methods_are_chosen_on_other_texts_than_they_are_measured_on():
     assert made.details["methods"] == [["good", "lucky"]]
     assert made.measured.value == pytest.approx(0.1)
     assert made.others["auroc"].value == pytest.approx(0.5)
+    assert made.others["average_precision"].value == pytest.approx(0.5), "of good and lucky on the texts left"
+    assert made.details["precision"] == [{"good": pytest.approx(0.9), "lucky": pytest.approx(0.6), "dull": 0.1}]
     assert made.verdict == "fails"
 
 

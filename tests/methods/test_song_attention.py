@@ -101,6 +101,22 @@ def test_flow_takes_the_narrowest_pipe():
     assert found.sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("read", [None, [0.1, 0.4, 0.0, 0.3, 0.2]])
+def test_a_flow_is_the_largest_flow_of_networkx(read):
+    """The same pipes as a graph of named nodes, whole numbers left out."""
+    networkx = pytest.importorskip("networkx")
+    layers = [with_residual(m).numpy() for m in random_maps(3, 5, seed=4)]
+    graph = networkx.DiGraph()
+    for level, weights in enumerate(layers):
+        for query, key in itertools.product(range(5), range(5)):
+            graph.add_edge((level + 1, query), (level, key), capacity=float(weights[query, key]))
+    for query, share in enumerate([1.0, 0, 0, 0, 0] if read is None else read):
+        graph.add_edge("readout", (3, query), capacity=share)
+    wanted = np.array([networkx.maximum_flow_value(graph, "readout", (0, token)) for token in range(5)])
+    found = attention_flow(layers, None if read is None else np.array(read))
+    np.testing.assert_allclose(found, wanted / wanted.sum(), atol=1e-5)
+
+
 def test_a_flow_is_shared_out_and_moves_with_its_tokens():
     layers = [with_residual(m).numpy() for m in random_maps(3, 6)]
     found = attention_flow(layers)

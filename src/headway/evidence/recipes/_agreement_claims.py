@@ -266,12 +266,13 @@ def faithful_claim(
     notes: str,
 ) -> Claim:
     """High faithfulness with low mutual agreement: methods chosen on every second text, measured on the rest."""
-    taus, curves, chosen = {}, {}, []
+    taus, curves, precisions, chosen = {}, {}, {}, []
     for number, found in enumerate(classifiers):
         good = [m for m, values in found["auroc"].items() if np.mean(values[::2]) >= FINDS]
         chosen.append(good)
         taus[number] = _by_text([found["pairs"][f"{a} {b}"][1::2] for a, b in itertools.combinations(good, 2)])
         curves[number] = _by_text([found["auroc"][m][1::2] for m in good])
+        precisions[number] = _by_text([found["precision"][m][1::2] for m in good])
     return Claim(
         id=name,
         statement=statement,
@@ -281,11 +282,15 @@ def faithful_claim(
         others={
             **accuracy,
             "auroc": _pooled(curves, context, f"{name} auroc"),
+            "average_precision": _pooled(precisions, context, f"{name} precision"),
             "methods": Measurement(min(len(good) for good in chosen), n=len(chosen)),
         },
         details={
             "methods": chosen,
-            "auroc": [{m: float(np.mean(v)) for m, v in found["auroc"].items()} for found in classifiers],
+            **{
+                what: [{m: float(np.mean(v)) for m, v in found[what].items()} for found in classifiers]
+                for what in ("auroc", "precision")
+            },
         },
         notes=notes,
     )

@@ -14,6 +14,7 @@ from headway.methods.diagnosis.song_of_disagreement import (
     Classifier,
     Example,
     Settings,
+    average_precision,
     encode,
     explain,
     faithfulness,
@@ -48,7 +49,8 @@ def compared(
 ) -> dict[str, Any]:
     """By text: τ of every pair of methods, of methods that draw with themselves, and of methods with random scores;
     among tokens that decide nothing, τ with places (earlier first) and with rarity (rarer in these texts first); area
-    under the curve against the rationale, comprehensiveness beyond random orders, and completeness errors."""
+    under the curve and average precision against the rationale, comprehensiveness beyond random orders, and
+    completeness errors."""
     drawn = [name for name in methods if METHODS[name].random]
     pairs: dict[str, list[float]] = {f"{a} {b}": [] for a, b in itertools.combinations(methods, 2)}
     found: dict[str, Any] = {
@@ -58,6 +60,7 @@ def compared(
         "place": {name: [] for name in methods},
         "rarity": {name: [] for name in methods},
         "auroc": {name: [] for name in methods},
+        "precision": {name: [] for name in methods},
         "excess": {name: [] for name in methods},
         "errors": {},
     }
@@ -80,7 +83,9 @@ def compared(
         for name, e in one.items():
             marks = example.rationale
             if marks is not None:
-                found["auroc"][name].append(auroc(items[name], marks[example.real & ~example.special]))
+                ranked = marks[example.real & ~example.special]
+                found["auroc"][name].append(auroc(items[name], ranked))
+                found["precision"][name].append(average_precision(items[name], ranked))
             found["excess"][name].append(faithfulness(problem, e.scores, seed=seed).excess)
             if e.error is not None:
                 found["errors"].setdefault(name, []).extend(relative_errors([e]).tolist())

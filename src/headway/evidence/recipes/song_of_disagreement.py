@@ -33,8 +33,8 @@ TOYS = (
 
 
 def run(context: Context) -> list[Claim]:
-    seeds = [seed % 2**31 for seed in context.seeds(context.choose(smoke=1, small=2, full=3))]
-    steps, texts, masks = context.choose(smoke=(3, 2, 12), small=(3000, 12, 500), full=(3000, 500, 1000))
+    seeds = [seed % 2**31 for seed in context.seeds(context.choose(smoke=1, small=3, full=3))]
+    steps, texts, masks = context.choose(smoke=(3, 2, 12), small=(3000, 20, 500), full=(3000, 500, 1000))
     toys = [
         context.stage(
             f"{family}-{rule}-{i}", partial(measures.toy, family, rule, seed, steps=steps, texts=texts, masks=masks)
@@ -47,7 +47,7 @@ def run(context: Context) -> list[Claim]:
     ]
     many, long = context.choose(smoke=(12, 2), small=(1000, 8), full=(1000, 100))
     ceiling = context.stage("long-texts", partial(measures.long_texts, seeds[0], steps=steps, texts=long, masks=many))
-    reviews, explained, tried = context.choose(smoke=(0, 4, 12), small=(500, 12, 300), full=(1000, 500, 1000))
+    reviews, explained, tried = context.choose(smoke=(0, 4, 12), small=(500, 20, 300), full=(1000, 500, 1000))
     if context.size == "smoke":
         real = context.stage("minilm", partial(measures.stand_in, seeds[0], texts=explained, masks=tried))
     else:

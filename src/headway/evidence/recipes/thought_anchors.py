@@ -2,7 +2,7 @@
 
 The toy is a trained decoder whose traces have a known graph with one path for each fact, with distractors that catch
 attention (`_anchors_toy`). A scripted reasoner shows what forced answers miss. SmolLM2 stands for the real models: it
-thinks about two questions, and what is measured on its traces is reported as found; it is no reasoning model. The
+thinks about four questions, and what is measured on its traces is reported as found; it is no reasoning model. The
 paper's own traces need 14-billion-parameter models and 100 rollouts of up to 16,384 tokens for each sentence.
 
 Paper: Thought Anchors: Which LLM Reasoning Steps Matter?, arXiv 2506.19143.
@@ -32,6 +32,10 @@ QUESTIONS = (
     "with a 50 dollar note. How much change does she get? Explain every step, then check your result.",
     "Should a small town build a new library or a new swimming pool? Think it through step by step, weigh both sides, "
     "and then decide.",
+    "A train leaves at 9:40 and arrives at 13:05, with a stop of 25 minutes on the way. How long does it move? Plan "
+    "your solution first, then compute it step by step, and check it in another way.",
+    "A basket holds 7 red and 5 green apples. Two are taken out without looking. How likely is it that both are green? "
+    "Explain what you plan to do, compute it, and say whether you are sure.",
 )
 
 
@@ -90,7 +94,7 @@ def _real(context: Context) -> dict[str, Any]:
     from headway.hosts import load
 
     model, tokenizer = load("smollm2")
-    passages, sentences, repeats, tokens = context.choose(small=(4, 16, 1, 170), full=(40, 60, 8, 400))
+    passages, sentences, repeats, tokens = context.choose(small=(4, 16, 3, 256), full=(40, 60, 8, 400))
     heads = measures.real_heads(model, _passages(tokenizer, passages, sentences), top=20)
     sampler = method.LocalSampler(model, tokenizer, max_tokens=tokens)
     thoughts = [
