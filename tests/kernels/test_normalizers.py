@@ -382,6 +382,15 @@ class TestMean:
         seen = (rows <= rows[:, None]) & (rows[:, None] - rows < window if window < tokens else True)
         torch.testing.assert_close(fast, visible_mean(operation(query, key, value, visible=seen[None, None])))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("window", [None, 40])
+    def test_half_precision_sums_in_float32(self, dtype, window):
+        """A sum of a thousand ones is no number of bfloat16 beyond 256."""
+        value = torch.ones(1, 1, 1000, 3, dtype=dtype)
+        found = visible_mean(operation(value, value, value, window=window))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, torch.ones_like(found))
+
 
 class TestRegistry:
     def test_two_normalisers_are_an_error(self):
