@@ -105,6 +105,16 @@ def test_logits_depend_on_relative_positions_only(offset, layout):
     assert torch.allclose(*products, atol=1e-9)
 
 
+@given(first=st.integers(0, 4000), second=st.integers(-4000, 4000), layout=st.sampled_from(LAYOUTS))
+@settings(max_examples=20, deadline=None)
+def test_turning_on_from_one_place_to_another_is_turning_there_at_once(first, second, layout):
+    """R(b − a) R(a) k = R(b) k, by which keys are placed anew in a cache."""
+    key, frequencies = random(1, 2, 5, 10), rope_frequencies(8, 1e4)
+    at, there = torch.full((5,), first), torch.full((5,), second)
+    moved = rotate(rotate(key, at, frequencies, layout), there - at, frequencies, layout)
+    assert torch.allclose(moved, rotate(key, there, frequencies, layout), atol=1e-9)
+
+
 def test_positions_per_batch_row_rotate_each_row_by_its_own():
     x, frequencies = random(2, 3, 4, 8), rope_frequencies(8, 1e4)
     positions = torch.stack([torch.arange(4), torch.arange(4) + 9])

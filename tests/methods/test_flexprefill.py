@@ -26,6 +26,7 @@ from headway.kernels.pooling import (
     offset_blocks,
     ranks,
     root_jensen_shannon,
+    self_similarity,
 )
 from headway.kernels.rope import rope_frequencies, rotate
 from headway.methods.long_context.flexprefill import CARD, FlexPrefill, at_budget, select_blocks
@@ -376,7 +377,8 @@ def test_a_ragged_prompt_is_the_same_as_one_padded_behind_its_end():
     tail = [torch.cat([x, more.expand(1, x.shape[1], 6, 8)], 2) for x in (call.query, call.key, call.value)]
     padding = torch.arange(56)[None] < 50
     longer = AttentionCall.from_tensors(*tail, causal=True, forward=Forward(padding=padding))
-    for options in ({"tau": 0.0}, {"tau": 1.0}, {"tau": 1.0, "selection": "row"}, {"stop": "union", "tau": 0.0}):
+    more = ({"tau": 1.0, "selection": "row"}, {"stop": "union", "tau": 0.0}, {"tau": 1.0, "trust": 0.05, "gamma": 0.4})
+    for options in ({"tau": 0.0}, {"tau": 1.0}, *more):
         ragged, padded = (flex(block=8, min_budget=None, **options).blocks_of(c).mask.blocks for c in (call, longer))
         assert torch.equal(ragged, padded)
 
@@ -388,7 +390,8 @@ def test_a_batch_with_padding_gives_each_prompt_its_own_blocks():
     padding = torch.arange(47)[None] >= 8
     longer = AttentionCall.from_tensors(*front, causal=True, forward=Forward(padding=padding))
     more = ({"density": 0.4, "tau": 0.0}, {"density": 0.4, "tau": 1.0}, {"stop": "union"}, {"count": "tokens"})
-    for options in ({"tau": 0.0}, {"tau": 1.0}, {"tau": 1.0, "selection": "row"}, *more):
+    guarded = {"tau": 1.0, "trust": 0.05, "gamma": 0.4}
+    for options in ({"tau": 0.0}, {"tau": 1.0}, {"tau": 1.0, "selection": "row"}, guarded, *more):
         alone, padded = (flex(min_budget=None, **options).blocks_of(c).mask.blocks for c in (call, longer))
         assert torch.equal(padded[:, :, 2:, 2:], alone)
         assert not padded[:, :, 2:, :2].any()
@@ -653,6 +656,67 @@ def test_pooling():
     assert float(root_jensen_shannon(x, x)) == 0
     with pytest.raises(ArgumentError, match="block"):
         block_sums(x, 0)
+
+
+def test_self_similarity_is_the_mean_cosine_of_pairs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 22, 5, generator=generator)
+    x[0, 0, 4] = 0
+    real = torch.ones(2, 22, dtype=torch.bool)
+    real[1, :9] = False
+    got = self_similarity(x, 8, real)
+    for row, head, place in itertools.product(range(2), range(3), range(3)):
+        tokens = [x[row, head, i] for i in range(8 * place, min(8 * place + 8, 22)) if real[row, i]]
+        cosines = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in itertools.combinations(tokens, 2)]
+        want = sum(cosines) / len(cosines) if cosines else 1.0
+        assert float(got[row, head, place]) == pytest.approx(want, abs=1e-5)
+    assert got[1, :, 0].tolist() == [1.0] * 3
+
+
+def test_self_similarity_is_one_for_equal_directions_and_lowest_for_opposite_ones():
+    same = torch.randn(1, 1, 1, 6) * torch.arange(1.0, 9.0)[None, None, :, None]
+    assert float(self_similarity(same, 8)) == pytest.approx(1)
+    opposite = same * torch.tensor([1.0, -1.0]).repeat(4)[None, None, :, None]
+    assert float(self_similarity(opposite, 8)) == pytest.approx(-1 / 7)
+    assert self_similarity(same[:, :, :5], 4).flatten().tolist() == pytest.approx([1, 1])
+    with pytest.raises(ArgumentError, match="block"):
+        self_similarity(same, 0)
+
+
+def hidden_needle() -> tuple[AttentionCall, int]:
+    """A query-aware head (runs of topics) with one key in block 5 that the queries of blocks 20 to 23 want, among keys
+    that point the other way, so that their mean says nothing of it. The probe, the last block, does not want it."""
+    call = planted("topic", topics=4)
+    query, key = call.query.clone(), call.key.clone()
+    wanted = torch.nn.functional.normalize(query[0, 0, 640:768].mean(0), dim=0)
+    query[0, 0, 640:768] += 6 * wanted
+    key[0, 0, 160:192] = -0.5 * wanted + 0.1 * key[0, 0, 160:192]
+    key[0, 0, 170] = 20 * wanted
+    return AttentionCall.from_tensors(query, key, call.value, causal=True), 5
+
+
+def test_a_block_that_is_unlike_itself_is_read_whole_if_asked():
+    call, needle = hidden_needle()
+    assert float(self_similarity(call.key, 32)[0, 0, needle]) < 0.95
+    plain, guarded = (flex(block=32, gamma=0.5, tau=1.0, trust=trust).blocks_of(call) for trust in (None, 0.95))
+    unlike = self_similarity(call.key, 32)[0, 0] < 0.95
+    assert int(unlike.sum()) < 10
+    assert bool(guarded.mask.blocks[0, 0][needle:, needle].all())
+    assert not bool(plain.mask.blocks[0, 0][needle:, needle].all())
+    assert not bool((plain.mask.blocks & ~guarded.mask.blocks).any())
+    assert guarded.mask.is_causal()
+
+
+def test_trust_bounds_no_block_or_every_block_and_vertical_slash_heads_take_none():
+    call = make_call(seed=3)
+    options = {"gamma": 0.3, "min_budget": None}
+    for tau in (0.0, 1.0):
+        plain, least, most = (flex(tau=tau, trust=trust, **options).blocks_of(call).mask for trust in (None, -1.0, 1.0))
+        assert torch.equal(plain.blocks, least.blocks)
+        assert most.density() == (1.0 if tau else plain.density())
+    for trust in (1.5, -2, math.nan, "much"):
+        with pytest.raises(ArgumentError, match="trust: got"):
+            FlexPrefill(trust=trust)
 
 
 @pytest.mark.real

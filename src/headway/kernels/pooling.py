@@ -1,4 +1,5 @@
-"""Pooled estimates that block selectors share: block means and sums, the mass of larger entries, and a divergence."""
+"""Pooled estimates that block selectors share: block means and sums, how far a mean may stand for its block, the mass
+of larger entries, and a divergence."""
 
 from __future__ import annotations
 
@@ -26,6 +27,26 @@ def block_means(
     weight = pad(weight, (0, extra)).unflatten(-1, (-1, block))[:, None, :, :, None]
     tiles = pad(x.float(), (0, 0, 0, extra)).unflatten(2, (-1, block))
     return (tiles * weight).sum(3) / weight.sum(3).clamp(min=1)
+
+
+def self_similarity(
+    x: Float[Tensor, "batch heads tokens dim"], block: int, real: Bool[Tensor, "batch tokens"] | None = None
+) -> Float[Tensor, "batch heads blocks"]:
+    """Mean cosine of all pairs of different tokens of a block, in [−1 / (n − 1), 1]: whether a mean can stand for it.
+
+        s = (‖Σ_i x̂_i‖² − n) / (n (n − 1)) ,   x̂ = x / ‖x‖ ,   n real tokens
+
+    1 where a block has one token or none, for there is nothing that a mean could hide. A token of length zero is like
+    no other. SpargeAttn (arXiv 2502.18137) reads blocks whole whose similarity is low."""
+    _check(block)
+    extra = -x.shape[2] % block
+    weight = x.new_ones(x.shape[0], x.shape[2], dtype=torch.float32) if real is None else real.float()
+    count = block_sums(weight, block)[:, None]
+    units = torch.nn.functional.normalize(x.float(), dim=-1) * weight[:, None, :, None]
+    tiles = pad(units, (0, 0, 0, extra)).unflatten(2, (-1, block))
+    # The squared lengths are those of the tokens: one, or zero for a token of length zero.
+    pairs = tiles.sum(3).square().sum(-1) - tiles.square().sum((-1, -2))
+    return torch.where(count > 1, pairs / (count * (count - 1)).clamp(min=1), torch.ones_like(pairs))
 
 
 def offset_blocks(x: Float[Tensor, "... offsets"], block: int) -> Float[Tensor, "... distances"]:

@@ -18,9 +18,11 @@ that lie scattered then leave their mass uncovered. The sink block comes beside 
 
 Kept as options: `selection="global"` is the paper's one quota for a whole head, which lets early rows take it all
 ("row" gives each row its own), `stop="separate"` covers γ of v and of s each ("union" stops when columns and diagonals
-together cover γ of the last block). `density` is ours: a fixed share of the triangle in place of γ. Which blocks early
-rows read depends on later tokens through the probe; their outputs use no later keys. Defaults are those of the code:
-γ 0.9 (the paper also takes 0.95), τ 0.1, 1,024 tokens at least, blocks of 128. Compare methods at equal density.
+together cover γ of the last block). `density` is ours: a fixed share of the triangle in place of γ. `trust` is the
+guard of SpargeAttn (arXiv 2502.18137): the divergence D tests pooling by the last block of queries alone, the
+self-similarity of a block tests every one. Which blocks early rows read depends on later tokens through the probe;
+their outputs use no later keys. Defaults are those of the code: γ 0.9 (the paper also takes 0.95), τ 0.1, 1,024 tokens
+at least, blocks of 128. Compare methods at equal density.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ CARD = Card(
         "tau": "divergence below which pooling is trusted",
         "min_budget": "least tokens a row reads",
         "block": "tokens per block",
+        "trust": "self-similarity below which a block is read whole in query-aware heads",
     },
     summary="Chooses key blocks per head and prompt in prefill so that a given share of attention mass is covered.",
 )

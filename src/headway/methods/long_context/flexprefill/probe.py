@@ -10,7 +10,13 @@ from torch import Tensor
 
 from headway.door.call import AttentionCall
 from headway.kernels.dense import grouped_scores, soft_capped
-from headway.kernels.pooling import block_means, block_sums, offset_blocks, root_jensen_shannon
+from headway.kernels.pooling import (
+    block_means,
+    block_sums,
+    offset_blocks,
+    root_jensen_shannon,
+    self_similarity,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,13 @@ def pooled_map(call: AttentionCall, block: int) -> Float[Tensor, "batch heads bl
     future = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu(1)
     hidden = future | ~_real_blocks(real, block, logits[:, :, 0])[:, :, None, :]
     return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def distrusted(call: AttentionCall, block: int, trust: float) -> Bool[Tensor, "batch heads blocks blocks"]:
+    """Pairs of blocks of which one, queries or keys, is less like itself than `trust`: a mean stands for neither."""
+    real = _real(call)
+    rows, columns = (self_similarity(x, block, real) < trust for x in (call.query, call.key))
+    return rows[..., :, None] | columns.repeat_interleave(call.groups, 1)[..., None, :]
 
 
 def probe_rows(call: AttentionCall, block: int, real: Bool[Tensor, "batch keys"] | None) -> Int[Tensor, "batch rows"]:

@@ -16,13 +16,14 @@ from headway.door.stages import Selector
 from headway.errors import ArgumentError, check_whole, is_number, unknown
 from headway.methods.budget import check_share
 from headway.methods.long_context.flexprefill.levels import (
+    ALWAYS,
     block_levels,
     filled,
     gamma_for_density,
     map_levels,
     marginal_levels,
 )
-from headway.methods.long_context.flexprefill.probe import pooled_map, probe_call
+from headway.methods.long_context.flexprefill.probe import distrusted, pooled_map, probe_call
 
 CHOICES = {
     "selection": ("global", "row"),
@@ -65,7 +66,9 @@ class FlexPrefill(Selector):
     vertical-slash, above 0.8326 all query-aware. min_budget: least tokens a row reads (None: one block). max_budget:
     most tokens in columns, in diagonals and in a row of the pooled map (None: no limit). Budgets are rounded up to
     blocks. block: 16, 32, 64, 128 … tokens. selection, stop, count: see the package. chunks: what to do when the prompt
-    does not come in one forward, "raise" or "dense". approximates: whether to run dense where that is as fast. record:
+    does not come in one forward, "raise" or "dense". trust: in query-aware heads, blocks of queries or keys whose mean
+    pairwise cosine is below it are read whole, beyond any budget, since their means hide what is in them (None: no such
+    test). approximates: whether to run dense where that is as fast. record:
     a list that receives a `FlexSelection` per call."""
 
     gamma: float = 0.9
@@ -78,6 +81,7 @@ class FlexPrefill(Selector):
     stop: str = "separate"
     count: str = "blocks"
     chunks: str = "raise"
+    trust: float | None = None
     approximates: bool = True
     record: list[FlexSelection] | None = field(default=None, repr=False)
 
@@ -101,6 +105,8 @@ class FlexPrefill(Selector):
                 f"min_budget, max_budget: got {self.min_budget} and {self.max_budget}, expected the first to be no "
                 "more than the second."
             )
+        if self.trust is not None and not (is_number(self.trust) and -1 <= self.trust <= 1):
+            raise ArgumentError(f"trust: got {self.trust!r}, expected a cosine in [-1, 1], or None for no test.")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
@@ -150,6 +156,8 @@ class FlexPrefill(Selector):
         pooled = None
         if bool(aware.any()):
             pooled = map_levels(pooled_map(call, self.block), selection=self.selection, most=most)
+            if self.trust is not None:
+                pooled = pooled.masked_fill(distrusted(call, self.block, self.trust), ALWAYS)
         columns, diagonals = marginal_levels(probe, least=least, most=most, stop=self.stop, count=self.count)
         levels = block_levels(columns, diagonals, pooled, aware, probe.tokens)
         gamma = torch.full(levels.shape[:1], self.gamma, device=levels.device)
