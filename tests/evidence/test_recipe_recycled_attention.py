@@ -7,10 +7,12 @@ import torch
 
 import headway
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _recycled_chain as taught
 from headway.evidence.recipes import _recycled_decoding as decoding
 from headway.evidence.recipes import _recycled_mass as mass
 from headway.evidence.recipes import _recycled_toys as toys
 from headway.evidence.recipes import recycled_attention as recipe
+from headway.evidence.recipes._recycled_claims import trained_chain_claim
 from headway.methods.long_context.recycled_attention import RecycledAttention, recovered_mass
 
 
@@ -158,3 +160,83 @@ def test_the_paper_setting_needs_a_gpu(monkeypatch):
     with pytest.raises(NotRunnableError, match="no GPU"):
         load_recipe("recycled-attention").check_runnable("full")
     load_recipe("recycled-attention").check_runnable("small")
+
+
+@pytest.mark.parametrize("size", [4, taught.NAMES])
+def test_the_facts_of_a_taught_chain_make_one_ring(size):
+    batch = taught.chain_batch(20, torch.Generator().manual_seed(0), size)
+    for facts, names in zip(batch.facts.tolist(), batch.names.tolist(), strict=True):
+        pairs = dict(facts)
+        assert len(pairs) == size
+        assert [pairs[name] for name in names[:-1]] == names[1:]
+        at = names[0]
+        assert len({at := pairs[at] for _ in range(size)}) == size
+
+
+def test_every_token_of_a_taught_answer_is_asked_for_the_next_name(monkeypatch):
+    """A model that reads the ring off the facts has no loss, and one that names the name itself has no right answer."""
+    batch = taught.chain_batch(3, torch.Generator().manual_seed(1))
+    answers = taught._answers(Oracle(), batch).argmax(-1)
+    assert torch.equal(answers, taught._wanted(batch))
+    assert not bool((taught._answers(Oracle(lost_at=range(99)), batch).argmax(-1) == taught._wanted(batch)).any())
+
+
+class Oracle:
+    """Reads the ring off the embedded facts; at tokens `lost_at`, counted from the first name, it says that name."""
+
+    def __init__(self, lost_at=()):
+        self.lost_at, self.seen = set(lost_at), 0
+
+    def get_input_embeddings(self):
+        return lambda ids: torch.nn.functional.one_hot(ids, taught.VOCABULARY).float()
+
+    def __call__(self, input_ids=None, inputs_embeds=None, **_):
+        if inputs_embeds is not None:
+            keys, values, names = (
+                inputs_embeds[..., start : start + taught.NAMES] for start in (taught.KEY, taught.VALUE, taught.NAME)
+            )
+            facts = (keys.sum(-1) * values.sum(-1) * inputs_embeds.sum(-1) == 2).nonzero()[:, 1].unique()
+            self.ring = torch.einsum("bfk,bfv->bkv", keys[:, facts], values[:, facts]).argmax(-1)
+            names = names[:, facts[-1] + 1 :].argmax(-1)
+        else:
+            names = input_ids - taught.NAME
+        lost = torch.tensor([self.seen + i in self.lost_at for i in range(names.shape[1])])
+        self.seen += names.shape[1]
+        said = torch.where(lost, names, self.ring.gather(1, names))
+        logits = torch.nn.functional.one_hot(taught.NAME + said, taught.VOCABULARY).float()
+        return type("Output", (), {"logits": logits, "past_key_values": None})()
+
+
+def test_a_wrong_link_is_followed_and_counted_wrong():
+    batch = taught.chain_batch(4, torch.Generator().manual_seed(2))
+    assert bool(taught.followed(Oracle(), batch).all())
+    # Only the last token of an answer is listened to.
+    assert bool(taught.followed(Oracle(lost_at=[0, 1, taught.SPELLING]), batch).all())
+    found = taught.followed(Oracle(lost_at=[2 * taught.SPELLING - 1]), batch)
+    assert found.tolist() == [[True] + [False] * (taught.HOPS - 1)] * 4
+
+
+def test_decoding_a_taught_chain_densely_is_the_parallel_form():
+    """What `followed` hears step by step is what the training loss sees at the last token of each answer."""
+    model = taught.trained(1, torch.Generator().manual_seed(0))
+    batch = taught.chain_batch(6, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        first = taught._answers(model, batch).argmax(-1)[:, taught.SPELLING - 1]
+    assert torch.equal(taught.followed(model, batch)[:, 0], first == batch.names[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [({}, "holds"), ({"4": 0.5}, "fails"), ({"one choice": 0.9}, "fails"), ({"dense": 0.5}, "inconclusive")],
+)
+def test_a_taught_chain_is_judged_by_every_arm(tmp_path, changed, verdict):
+    right = {"dense": 1.0, "4": 1.0, "dynamic": 1.0, "one choice": 0.1, "streaming": 0.0} | changed
+    toys_found = [{name: [[i < 10 * share for i in range(10)]] for name, share in right.items()}] * 3
+    found = trained_chain_claim(context(tmp_path), toys_found, recipe.CRITERIA["trained-chain"])
+    assert found.verdict == verdict
+
+
+def test_the_tokens_that_lose_most_are_told_from_the_others():
+    note = decoding._rise_note([[1.0] * 10, [2.0] * 10], [[1.0] * 9 + [3.0], [2.0] * 9 + [3.0]])
+    assert "by text: 1.22, 1.11" in note
+    assert "lose 1.50 nats each, the others 0.00" in note

@@ -21,6 +21,7 @@ import numpy as np
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
 from headway.evidence.recipe import Context, Recipe
+from headway.evidence.recipes import _recycled_chain as taught_chain
 from headway.evidence.recipes._long_text import host_and_text, no_gpu
 from headway.evidence.recipes._recycled_claims import (
     chain_claim,
@@ -30,6 +31,7 @@ from headway.evidence.recipes._recycled_claims import (
     hops_claim,
     ideal_claim,
     slope_claim,
+    trained_chain_claim,
 )
 from headway.evidence.recipes._recycled_decoding import decoded, decoding_claims
 from headway.evidence.recipes._recycled_mass import RIVALS, mass_by_stride, mass_of_sets
@@ -88,6 +90,13 @@ CRITERIA = {
         at_least(0.95, of="once_first", label="first hop right with one choice"),
         at_most(0.3, of="once_later", label="later hops right with one choice"),
     ),
+    "trained-chain": all_of(
+        at_least(0.9, label="hops right with S = 4"),
+        at_least(0.9, of="dynamic", label="dynamic"),
+        at_most(0.3, of="one_choice", label="one choice"),
+        at_most(0.3, of="streaming", label="sinks and window"),
+        requires=at_least(0.95, of="dense", by="value", label="least of the decoders, dense"),
+    ),
     "time-slope": at_most(0.25, minimum_n=3, label="slope of step time with context ÷ dense"),
     "time-near-ideal": at_least(1 / 1.5, minimum_n=3, label="speed-up ÷ that of the keys read"),
     "full-step": at_most(1.5, minimum_n=3, label="time of a full step ÷ dense"),
@@ -98,7 +107,7 @@ CRITERIA = {
 class Settings:
     """`context` tokens before `decode` steps of each of `texts`; `recorded` tokens for recovered mass from `starts`
     full steps each, with every other set of keys beside it at `compared` tokens; `drifts` seeds of the planted process;
-    attention is timed at the `lengths`."""
+    `decoders` of so many steps a size follow so many chains each; attention is timed at the `lengths`."""
 
     model: str
     context: int
@@ -109,21 +118,22 @@ class Settings:
     starts: int
     drifts: int
     hops: int
+    decoders: tuple[int, int, int]
     lengths: tuple[int, ...]
     repeats: int
 
 
 SMOKE = Settings(
     model="tiny", context=128, decode=12, texts=2, recorded=(420, 480), compared=480, starts=2, drifts=2, hops=4,
-    lengths=(1200, 2400), repeats=2,
+    decoders=(1, 2, 3), lengths=(1200, 2400), repeats=2,
 )  # fmt: skip
 SMALL = Settings(
-    model="smollm2", context=1024, decode=64, texts=4, recorded=(1024, 2048, 4096), compared=2048, starts=16,
-    drifts=8, hops=12, lengths=(8192, 16_384, 32_768), repeats=5,
+    model="smollm2", context=1024, decode=64, texts=8, recorded=(1024, 2048, 4096), compared=2048, starts=16,
+    drifts=8, hops=12, decoders=(4, 150, 50), lengths=(8192, 16_384, 32_768), repeats=5,
 )  # fmt: skip
 FULL = Settings(
     model="meta-llama/Llama-3.1-8B", context=16_384, decode=1000, texts=6, recorded=(2048, 4096, 8192), compared=8192,
-    starts=50, drifts=50, hops=50, lengths=(16_384, 32_768, 65_536), repeats=20,
+    starts=50, drifts=50, hops=50, decoders=(20, 2_000, 200), lengths=(16_384, 32_768, 65_536), repeats=20,
 )  # fmt: skip
 
 
@@ -145,6 +155,7 @@ def run(context: Context) -> list[Claim]:
     drift = context.stage("planted-drift", lambda: planted_drift(context, settings.drifts))
     bursts = context.stage("bursty-drift", lambda: bursty_drift(context, settings.drifts))
     chain = context.stage("chain", lambda: chains(context, settings.drifts, settings.hops))
+    taught = _taught(context, settings)
     times = context.stage("attention-time", lambda: attention_times(context, settings.lengths, settings.repeats))
     compared = mass[settings.compared]
     return [
@@ -157,9 +168,19 @@ def run(context: Context) -> list[Claim]:
         dynamic_claim(context, bursts, CRITERIA["dynamic-beats-fixed"]),
         chain_claim(context, chain, CRITERIA["chain-of-keys"]),
         hops_claim(context, chain, CRITERIA["chain-by-length"]),
+        trained_chain_claim(context, taught, CRITERIA["trained-chain"]),
         slope_claim(context, settings.lengths, times, CRITERIA["time-slope"]),
         ideal_claim(context, settings.lengths[-1], times, CRITERIA["time-near-ideal"]),
         full_step_claim(context, settings.lengths[-1], times, CRITERIA["full-step"]),
+    ]
+
+
+def _taught(context: Context, settings: Settings) -> list[dict[str, list[list[bool]]]]:
+    """Hops of decoders that are trained to follow chains; each is a stage."""
+    count, steps, chains_each = settings.decoders
+    return [
+        context.stage(f"trained-chain-{number}", partial(taught_chain.run, seed, steps, chains_each))
+        for number, seed in enumerate(context.seeds(count))
     ]
 
 
@@ -193,7 +214,7 @@ def _mass_claim(context: Context, settings: Settings, mass: dict[str, Any]) -> C
         },
         notes="Measured with the pooled scores of the later version, the default. The paper's figure is of its first "
         "version, whose scores stand beside it. The full steps are those of one text; their interval takes them for "
-        "independent.",
+        f"independent. {_by_steps(mass)}",
         details={
             "model": settings.model,
             "budget": mass["budget"],
@@ -217,7 +238,19 @@ def _stride_claim(context: Context, mass: dict[str, Any]) -> Claim:
             f"{short}_over_{long}": _paired(context, f"stride {short}", by_stride[short], by_stride[long])
             for short, long in pairwise(STRIDES)
         },
+        notes=f"{_by_steps(mass)} A longer stride only adds the end of that curve, so that two long strides differ by "
+        "little where it is flat.",
         details={"mass by stride": {str(stride): float(values.mean()) for stride, values in by_stride.items()}},
+    )
+
+
+def _by_steps(mass: dict[str, Any]) -> str:
+    """Where the curve of recovered mass begins, is half-way, and ends."""
+    curve = np.asarray(mass["recycled"]).mean(0)
+    half = len(curve) // 2
+    return (
+        f"With {mass['budget']} keys it is {curve[0]:.3f} one step behind a full one, {curve[half]:.3f} at step "
+        f"{half + 1} and {curve[-1]:.3f} at step {len(curve)}."
     )
 
 
