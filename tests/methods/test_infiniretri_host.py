@@ -171,6 +171,20 @@ def test_the_last_layer_is_the_last_that_sees_everything():
         HostRows(model, heads=((sliding, 0),), reach=100).handle.attach()
 
 
+@torch.no_grad()
+def test_the_last_layer_of_a_host_that_ends_in_a_state_is_its_last_with_attention():
+    kinds = ["full_attention", "conv", "full_attention", "conv"]
+    model, _ = tiny_host(
+        "lfm2", max_position_embeddings=256, layer_types=kinds, num_hidden_layers=4, attn_implementation="eager"
+    )
+    ids = list(range(8, 60))
+    with HostRows(model, layer=-1) as rows:
+        got = rows(ids, 40, 45)
+        assert [site.layer for site in rows.handle.sites if site.name in rows.observer.sites] == [2]
+    maps = model(input_ids=torch.tensor([ids]), output_attentions=True, use_cache=False).attentions
+    torch.testing.assert_close(got, [full for full in maps if full is not None][-1][0, :, 40:45].sum(0))
+
+
 def test_a_host_whose_layers_all_slide_is_refused_on_attach():
     model = decoder("Mistral", sliding_window=6)
     with pytest.raises(HostError, match="none of which sees"):
