@@ -1,8 +1,14 @@
-"""What scoring by influence costs: `InfluenceScorer` beside two plain forward passes over the same batches."""
+"""What scoring by influence costs: `InfluenceScorer` beside two plain forward passes over the same batches, and all of
+`headway select` beside the scoring alone."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import tempfile
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +17,7 @@ from benchmarks.harness import compare
 from headway.hosts import default_text
 from headway.methods.diagnosis.attention_influence import InfluenceScorer
 from headway.methods.diagnosis.attention_influence.rows import batches, padded
+from headway.select import select
 
 #: Retrieval heads of SmolLM2 on probes of 288 tokens with a score of at least 0.1, highest first: 5 % of 270 heads.
 HEADS = (
@@ -20,6 +27,9 @@ HEADS = (
 #: Characters of the texts, short and long together.
 SIZES = (300, 500, 800, 1100, 1600)
 BAR = 0.8
+#: Texts of the corpus of `select`, and most that it may take beside scoring: walking, looking for copies, choosing and
+#: writing.
+CORPUS, WHOLE_BAR = 60, 1.1
 
 
 def influence_scoring() -> None:
@@ -39,6 +49,31 @@ def influence_scoring() -> None:
             settings={"model": "smollm2", "texts": len(texts), "heads": heads, "shares_prefix": shared},
         )
         print(f"{name}: {1 / found.ratio.value:.2f} × the tokens/s of two plain forwards (bar {BAR})")
+
+
+def corpus_selection() -> None:
+    """All of `select` on a corpus of JSON lines, each time in a folder of its own, beside scoring the same texts."""
+    model, tokenizer = headway.load("smollm2")
+    texts = list(itertools.islice(itertools.cycle(_texts()), CORPUS))
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, outs = Path(folder) / "corpus.jsonl", (Path(folder) / f"out-{number}" for number in itertools.count())
+        # Copies would be left out, so every text says its own number.
+        rows = [{"text": f"Text {number}. {text}"} for number, text in enumerate(texts)]
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+        def whole() -> Any:
+            return select(corpus, model, tokenizer, out=next(outs), heads=list(HEADS), controls=0)
+
+        scorer = InfluenceScorer(model, tokenizer, HEADS)
+        found = compare(
+            "influence_select",
+            whole,
+            partial(scorer.score, [row["text"] for row in rows]),
+            labels=("select", "scoring alone"),
+            repeats=3,
+            settings={"model": "smollm2", "texts": len(rows), "heads": HEADS},
+        )
+    print(f"select: {found.ratio.value:.2f} × the time of scoring alone (bar {WHOLE_BAR})")
 
 
 def _texts() -> list[str]:

@@ -263,7 +263,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
         inline.inline_grids, inline.inline_vit, inline.inline_causal, inline.inline_decode, inline.inline_residual,
         normalizers.normalizer_forward, normalizers.normalizer_training, normalizers.normalizer_explicit,
         normalizers.normalizer_decode, models.model_training,
-        influence.influence_scoring, anchors.anchors_suppression, posir.posir_saliency,
+        influence.influence_scoring, influence.corpus_selection, anchors.anchors_suppression, posir.posir_saliency,
         plan.plan_check, ruler.ruler_dense,
     )
 }  # fmt: skip
