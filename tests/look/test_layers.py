@@ -109,6 +109,7 @@ def test_a_look_says_of_the_text_what_the_weights_of_its_own_keys_are(mixer):
                 measured = found.metric(name).array()[layer, head]
                 assert measured == pytest.approx(float(value), rel=1e-4), (name, layer, head)
     assert found.metric("front").unit == "share"
+    assert found.model["head_dim"] == 16 // HEADS
 
 
 @pytest.mark.parametrize("mixer", IN_FRONT)

@@ -222,7 +222,7 @@ def site_of(module: nn.Module, name: str, order: int, query: Tensor, key: Tensor
         reach=reach,
         heads=query.shape[1],
         kv_heads=key.shape[1],
-        head_dim=query.shape[3],
+        head_dim=getattr(module, "text_dim", None) or query.shape[3],
         window=window,
         module_class=type(module).__name__,
     )

@@ -69,15 +69,23 @@ def own_attention(
 class Attend(nn.Module):
     """The place of one attention operation in a module of ours.
 
-    `weighing` is None for the softmax. `causal` is said of square calls without `visible`, whose rows see the keys up
+    `weighing` is None for the softmax. `text_dim` is the size of heads where queries are wider, since keys in front of
+    the text have channels of their own. `causal` is said of square calls without `visible`, whose rows see the keys up
     to their own; a single row without `visible` sees everything."""
 
     is_causal = False
 
     def __init__(
-        self, *, layer: int = 0, scale: float = 1.0, causal: bool = True, weighing: Weighing | None = None
+        self,
+        *,
+        layer: int = 0,
+        scale: float = 1.0,
+        causal: bool = True,
+        weighing: Weighing | None = None,
+        text_dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.text_dim = text_dim
         self.layer_idx, self.scaling, self.causal, self.weighing = layer, scale, causal, weighing
         self.config = _Config()
 

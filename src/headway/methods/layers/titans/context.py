@@ -195,7 +195,7 @@ class _Segment(nn.Module):
         self.answers = memory_tokens if learned else size
         if learned:
             self.queries = nn.Parameter(torch.randn(heads, memory_tokens, self.dim))
-        self.attend = Attend(layer=layer, scale=self.dim**-0.5, causal=causal)
+        self.attend = Attend(layer=layer, scale=self.dim**-0.5, causal=causal, text_dim=self.dim)
         self.frequencies = tuple(rope_frequencies(self.dim, ROPE_BASE).tolist())
 
     def start(self, batch: int, dtype: torch.dtype | None = None) -> Tensors:

@@ -58,7 +58,7 @@ class WindowAttention(nn.Module):
         self.dim = width // heads
         self.project = nn.Linear(width, 3 * width, bias=False)
         self.persistent = nn.Parameter(torch.randn(persistent, width) * PERSISTENT_STD) if persistent else None
-        self.attend = Attend(layer=layer, scale=self.dim**-0.5)
+        self.attend = Attend(layer=layer, scale=self.dim**-0.5, text_dim=self.dim)
         self.frequencies = tuple(rope_frequencies(self.dim, ROPE_BASE).tolist())
 
     def start(self, batch: int, dtype: torch.dtype | None = None) -> Tensors:
