@@ -8,12 +8,14 @@ import torch
 from headway.door import AttentionCall
 from headway.errors import ArgumentError
 from headway.evidence import Context, NotRunnableError, load_recipe, prove
+from headway.evidence.recipes import _power_length as length
 from headway.evidence.recipes import _power_reach as reaching
+from headway.evidence.recipes import _power_times as timing
 from headway.evidence.recipes import _power_toys as recipe
 from headway.evidence.recipes._power_reach import Pattern, tiny_lm
 from headway.evidence.recipes._power_toys import TOY, passkeys
 from headway.evidence.recipes.power_attention import CRITERIA
-from headway.methods.long_context.power_attention import pattern_mask, power_mask, reached
+from headway.methods.long_context.power_attention import key_blocks, pattern_mask, power_mask, reached
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,7 @@ def test_a_model_that_was_hardly_trained_says_nothing(smoke):
         "recall",
         "static-patterns",
         "recall-follows-graph",
+        "recall-at-length",
         "fine-tuning",
         "text",
         "untrained-perplexity",
@@ -160,3 +163,64 @@ def test_the_paper_setting_needs_a_gpu(monkeypatch):
     with pytest.raises(NotRunnableError, match="no GPU"):
         load_recipe("power-attention").check_runnable("full")
     load_recipe("power-attention").check_runnable("small")
+
+
+def test_pairs_of_the_timed_mask_are_those_of_the_key_lists(smoke):
+    pairs = claim(smoke, "time-growth").details["pairs"]
+    assert pairs == [sum(len(key_blocks(row)) for row in range(blocks)) for blocks in (8, 16)]
+    assert claim(smoke, "time-growth").verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("power", "dense", "verdict"), [(2.2, 4.0, "holds"), (4.0, 4.0, "fails"), (2.2, 2.0, "fails"), (1.1, 4.0, "fails")]
+)
+def test_time_is_judged_by_how_much_more_is_read(tmp_path, power, dense, verdict):
+    found = {
+        "lengths": [1000, 2000], "block": 100, "pairs": [50, 110], "threads": 1,
+        "power": [[10.0] * 6, [10.0 * power] * 6], "dense": [[20.0] * 6, [20.0 * dense] * 6],
+    }  # fmt: skip
+    judged = timing.times_claim(context(tmp_path), found, CRITERIA["time-growth"])
+    assert judged.verdict == verdict
+    assert judged.others["speed_up"].value == pytest.approx(2 * dense / power)
+
+
+def test_at_length_a_window_leads_nowhere_and_the_mask_to_most_of_the_text():
+    """But to the first token, the sink, which every row sees."""
+    far = torch.arange(length.TOKENS)[:, None] - torch.arange(length.TOKENS) > length.WINDOW_REACH
+    led = {name: float(length.long_reach(name)[far].double().mean()) for name in ("power", "window")}
+    assert length.WINDOW_REACH < length.TOKENS // 10
+    assert led["window"] < 0.01
+    assert 0.6 < led["power"] < 0.7
+
+
+def test_far_recall_is_told_apart_by_paths():
+    """A model that always says value 3: right exactly in the texts whose pass-key it is."""
+
+    class Says(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            logits = torch.zeros(*input_ids.shape, 8)
+            logits[..., 3] = 1
+            return type("Output", (), {"logits": logits})()
+
+    tokens, at = length.WINDOW_REACH + 20, torch.tensor([2, 9])
+    value = torch.tensor([3, 5])
+    labels = value[:, None].expand(-1, tokens).masked_fill(torch.arange(tokens) <= at[:, None], -100)
+    test = {"input_ids": torch.zeros(2, tokens, dtype=torch.long), "labels": labels}
+    known = torch.zeros(tokens, tokens, dtype=torch.bool)
+    known[-4:, 2] = True
+    known[-2:, 9] = True
+    found = length.far_recall(Says(), None, test, known)
+    # Far rows: 17 behind token 2, of which 4 are led to; 10 behind token 9, of which 2 are.
+    assert found == pytest.approx({"all": 17 / 27, "reachable": 4 / 6, "unreachable": 13 / 21})
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [({}, "holds"), ({"power": {"all": 0.6, "reachable": 0.5, "unreachable": 0.1}}, "fails"),
+     ({"window": {"all": 0.5}}, "fails"), ({"dense": {"all": 0.5}}, "inconclusive")],
+)  # fmt: skip
+def test_recall_at_length_is_judged_by_path_and_window(tmp_path, changed, verdict):
+    toy = {
+        "dense": {"all": 1.0}, "power": {"all": 0.7, "reachable": 0.99, "unreachable": 0.12}, "window": {"all": 0.13},
+    } | changed  # fmt: skip
+    assert length.length_claim(context(tmp_path), [toy] * 3, CRITERIA["recall-at-length"]).verdict == verdict

@@ -78,9 +78,10 @@ def passkeys(generator: torch.Generator, batch: int, *, tokens: int = TOKENS) ->
     return {"input_ids": ids, "labels": labels}
 
 
-def _stream(generator: torch.Generator, batch: int) -> Iterator[dict[str, Tensor]]:
+def stream(generator: torch.Generator, batch: int, tokens: int = TOKENS) -> Iterator[dict[str, Tensor]]:
+    """Batches of pass-keys without end."""
     while True:
-        yield passkeys(generator, batch)
+        yield passkeys(generator, batch, tokens=tokens)
 
 
 def recall(size: str, seed: int, seeds: dict[str, int]) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def recall(size: str, seed: int, seeds: dict[str, int]) -> dict[str, Any]:
     }[size]  # fmt: skip
     model = tiny_lm(seeds["toy"], vocabulary=VALUES + NOISE, tokens=TOKENS, layers=LAYERS)
     data = _generator(seeds["dense data"])
-    fine_tune(model, _stream(data, batch), None, steps=dense_steps, learning_rate=5e-3)
+    fine_tune(model, stream(data, batch), None, steps=dense_steps, learning_rate=5e-3)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     test = passkeys(_generator(seeds["test"]), texts)
     probes = [passkeys(_generator(seeds[f"probe {part}"]), texts) for part in ("fit", "test")]
@@ -99,7 +100,7 @@ def recall(size: str, seed: int, seeds: dict[str, int]) -> dict[str, Any]:
     for name, method in methods.items():
         model.load_state_dict(start)
         before = accuracy(model, method, test, graph_reach(name))
-        tuned = fine_tune(model, _stream(_generator(seeds["tune"]), batch), method, steps=steps, learning_rate=3e-3)
+        tuned = fine_tune(model, stream(_generator(seeds["tune"]), batch), method, steps=steps, learning_rate=3e-3)
         found[name] = {
             "before": before,
             "after": accuracy(model, method, test, graph_reach(name)),
@@ -115,7 +116,7 @@ def accuracy(
 ) -> dict[str, float | None]:
     """Share of positions that name the pass-key, by its distance; and of those from which a path of the graph leads to
     it, and from which none does (None where there are no such)."""
-    with _scope(model, method):
+    with scope(model, method):
         said = cast(Any, model)(input_ids=test["input_ids"], use_cache=False).logits.argmax(-1)
     value = test["labels"][:, -1:]
     at = (test["labels"] == -100).sum(1) - 1
@@ -140,7 +141,7 @@ def _probe(
     window's reach. Least squares on one-hot targets with a small ridge, in place of a logistic classifier."""
     states = []
     for part in (fit, test):
-        with _scope(model, method):
+        with scope(model, method):
             output = cast(Any, model)(input_ids=part["input_ids"], use_cache=False, output_hidden_states=True)
         states.append([layer[:, -1].double() for layer in output.hidden_states])
     ends = [(part["labels"] == -100).sum(1) - 1 for part in (fit, test)]
@@ -155,7 +156,7 @@ def _probe(
     return {"far": found}
 
 
-def _scope(model: nn.Module, method: Selector | None) -> Any:
+def scope(model: nn.Module, method: Selector | None) -> Any:
     return nullcontext() if method is None else use(model, method, selftest=False)
 
 

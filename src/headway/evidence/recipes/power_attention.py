@@ -5,7 +5,7 @@ Recall is the pass-key task on a small language model trained here: trained dens
 the mask or with another pattern of the same out-degree (window, dilated, stride, segments), from the same weights on
 the same data. A pass-key further back than layers · (window − 1) tokens is out of a window's reach whatever it learns.
 
-Paper: PowerAttention, arXiv 2503.03588. Its models (Qwen2-7B, 32k tokens and more) need a GPU; times are a benchmark.
+Paper: PowerAttention, arXiv 2503.03588. Its models (Qwen2-7B, 32k tokens and more) need a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from headway.door import use
 from headway.door.stages import Selector
 from headway.evidence.claims import Claim, PaperValue
-from headway.evidence.criteria import all_of, at_least, at_most, interval_excludes
+from headway.evidence.criteria import all_of, at_least, at_most, between, interval_excludes
 from headway.evidence.recipe import Context, Recipe
+from headway.evidence.recipes._power_length import length_claim, long_toys
 from headway.evidence.recipes._power_reach import (
     SinkWindow,
     cost_claim,
@@ -37,6 +38,7 @@ from headway.evidence.recipes._power_reach import (
     reach_claim,
     tiny_lm,
 )
+from headway.evidence.recipes._power_times import measure_times, times_claim
 from headway.evidence.recipes._power_toys import (
     CHANCE,
     DEGREE,
@@ -85,6 +87,12 @@ CRITERIA = {
         at_least(0.9, of="power", label="recall of the mask where a path leads"),
         requires=at_least(0.9, of="dense", label="recall of the dense model"),
     ),
+    "recall-at-length": all_of(
+        at_least(0.9, minimum_n=3, label="recall beyond a window's reach, where a path leads"),
+        at_most(CHANCE + 0.15, of="no_path", minimum_n=3, label="where none leads"),
+        at_most(CHANCE + 0.15, of="baseline", minimum_n=3, label="recall of the window"),
+        requires=at_least(0.9, of="dense", by="value", label="recall of the dense model"),
+    ),
     "fine-tuning": interval_excludes(
         0, side="above", minimum_n=3, requires=at_least(0.9, of="dense", label="recall of the dense model")
     ),
@@ -96,6 +104,10 @@ CRITERIA = {
     "untrained-perplexity": interval_excludes(0, side="above", minimum_n=10),
     "untrained-needle": interval_excludes(0, side="above", minimum_n=6),
     "cost": at_most(0.05, minimum_n=4, label="relative error of the growth"),
+    "time-growth": all_of(
+        between(0.75, 1.25, minimum_n=5, label="growth of time ÷ growth of pairs read"),
+        between(3.0, 5.0, of="dense", minimum_n=5, label="growth of dense attention's time"),
+    ),
 }
 
 
@@ -111,12 +123,14 @@ def run(context: Context) -> list[Claim]:
         _recall_claim(context, found),
         patterns_claim(context, found, CRITERIA["static-patterns"]),
         graph_claim(context, found, CRITERIA["recall-follows-graph"]),
+        length_claim(context, long_toys(context), CRITERIA["recall-at-length"]),
         _tuning_claim(context, found),
         _probe_claim(context, found),
         _text_claim(context, context.stage("text", lambda: byte_models(context))),
         _perplexity_claim(context, real),
         _needle_claim(context, real),
         cost_claim(context.stage("cost", lambda: measure_cost(context)), CRITERIA["cost"]),
+        times_claim(context, context.stage("times", lambda: measure_times(context)), CRITERIA["time-growth"]),
     ]
 
 
