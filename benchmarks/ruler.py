@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import RESULTS, write_facts
 from headway.compare import Comparison
@@ -97,13 +98,13 @@ def ruler_methods(
             name="smollm2",
             out=cells,
         )
-        write_facts(f"ruler_methods_{tokens}", facts_of(found, seed), results)
-        for task, mode in found.qualities[-len(found.run["modes"]) :]:
-            means = ", ".join(f"{p.label} {score.value:.2f}" for p in found.points if (score := p.score(task, mode)))
-            print(f"{task}, {mode}: {means}", flush=True)
+        facts = facts_of(found, seed)
+        write_facts(f"ruler_methods_{tokens}", facts, results)
+        print(table(facts).splitlines()[-1], flush=True)
+    print(table(facts))
 
 
-def facts_of(found: Comparison, seed: int) -> dict[str, object]:
+def facts_of(found: Comparison, seed: int) -> dict[str, Any]:
     """Scores of every sample by point, task and mode; densities and the paths that ran; what was refused and why."""
     settings = {name: found.run[name] for name in ("tokens", "budgets", "samples", "modes", "prefill_chunk")}
     return {
@@ -122,6 +123,23 @@ def facts_of(found: Comparison, seed: int) -> dict[str, object]:
             for point in found.points
         },
     }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """A row per task and a column per point, blind / aware, as the documentation shows it."""
+    points, modes = facts["points"], facts["settings"]["modes"]
+    tasks = dict.fromkeys(label.rpartition(", ")[0] for label in points["dense"]["means"])
+    lines = [f"| task | {' | '.join(points)} |", "|---|" + "---|" * len(points)]
+    for task in tasks:
+        cells = (
+            " / ".join(_shown(point["means"].get(f"{task}, {mode}")) for mode in modes) for point in points.values()
+        )
+        lines.append(f"| `{task}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(score: float | None) -> str:
+    return "–" if score is None else f"{score:.2g}"
 
 
 def _finished(path: Path, settings: dict[str, object]) -> dict[str, list[float]]:

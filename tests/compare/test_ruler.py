@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from benchmarks.ruler import facts_of, table
 
 import headway
 from headway.compare import Comparison
@@ -61,6 +64,20 @@ def test_a_host_that_answers_wrong_gets_nothing_and_the_page_says_that_no_loss_c
     assert [found.dense.score("niah_single_1", mode).value for mode in ("blind", "aware")] == [0.0, 0.0]
     assert found.judged == []
     assert any("niah_single_1, blind (0)" in sentence for sentence in found.warnings)
+
+
+def test_the_benchmark_stores_every_sample_and_shows_both_modes(found):
+    facts = json.loads(json.dumps(facts_of(found, 3)))
+    for point in found.points:
+        stored = facts["points"][point.label]
+        assert stored["scores"] == {f"{s.task}, {s.mode}": s.parts for s in point.scores}
+        assert stored["density_by_task"] == {t: d["all"] for t, d in point.density_by_task.items() if "all" in d}
+    facts["points"]["window"]["means"] |= {"vt, blind": 0.25}
+    del facts["points"]["keep last"]["means"]["vt, aware"]
+    head, _, *rows = table(facts).splitlines()
+    assert head == "| task | dense | keep last | window |"
+    assert rows[list(RULER).index("vt")] == "| `vt` | 1 / 1 | 1 / – | 0.25 / 1 |"
+    assert len(rows) == len(RULER)
 
 
 def test_an_unknown_task_of_ruler_names_the_nearest_and_a_short_prompt_says_how_many_tokens_it_takes():
