@@ -24,26 +24,44 @@ from headway.train import train
 from headway.train.generated import Recall, score
 from headway.train.losses import IGNORE
 
-CHUNK, WINDOW = 8, 6
+CHUNK, WINDOW, SEGMENT = 8, 3, 4
+#: Kinds of noise, so many that few come twice in a chunk.
+NOISE = 8
 #: A bound on θ by momentum alone: keys do not repeat within a chunk of these toys.
 MEMORY = {"chunk": CHUNK, "expansion": 2.0, "stability": "momentum"}
-BESIDE = {"window": WINDOW, "persistent": 2}
+BESIDE = {"window": WINDOW, "persistent": 1}
+IN_FRONT = {"segment": SEGMENT, "chunk": SEGMENT, "persistent": 1, "memory_tokens": 4, "join": "add"}
+LINEAR = {"depth": 1}
 #: Mixer and options of each arm. `window` is what the claims compare with, `attention` shows that it can be learned.
 ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "attention": ("softmax", {}),
     "window": ("softmax", {"window": WINDOW}),
     "lmm": ("titans_lmm", MEMORY),
-    "mac": ("titans_mac", {**MEMORY, "segment": CHUNK, "persistent": 2, "memory_tokens": 4, "join": "add"}),
+    "mac": ("titans_mac", {**MEMORY, **IN_FRONT}),
     "mag": ("titans_mag", {**MEMORY, **BESIDE, "join": "add"}),
     "mal": ("titans_mal", {**MEMORY, **BESIDE}),
-    "linear": ("titans_lmm", {**MEMORY, "depth": 1}),
-    "no-momentum": ("titans_lmm", {**MEMORY, "momentum": False}),
-    "no-forgetting": ("titans_lmm", {**MEMORY, "forgetting": False}),
+    "linear lmm": ("titans_lmm", {**MEMORY, **LINEAR}),
+    "linear mac": ("titans_mac", {**MEMORY, **IN_FRONT, **LINEAR}),
+    "linear mag": ("titans_mag", {**MEMORY, **BESIDE, "join": "add", **LINEAR}),
+    "linear mal": ("titans_mal", {**MEMORY, **BESIDE, **LINEAR}),
+    "no persistent mag": ("titans_mag", {**MEMORY, **BESIDE, "persistent": 0, "join": "add"}),
+    "no momentum": ("titans_lmm", {**MEMORY, "momentum": False}),
+    "no forgetting": ("titans_lmm", {**MEMORY, "forgetting": False}),
+    "no convolution": ("titans_lmm", {**MEMORY, "conv": 1}),
 }
+#: What each arm is trained on: the plain toy, and two that ablations need. "rebound" binds every key twice. "split" has
+#: keys and values as tokens of their own, which is harder: on the plain toy a memory alone is at the ceiling.
+RUNS: Sequence[tuple[str, str]] = (
+    *((arm, "plain") for arm in ("attention", "window", "lmm", "mac", "mag", "mal", "linear lmm", "linear mac")),
+    *((arm, "plain") for arm in ("linear mag", "linear mal", "no persistent mag")),
+    *((arm, "rebound") for arm in ("lmm", "no forgetting")),
+    *((arm, "split") for arm in ("lmm", "linear lmm", "no momentum", "no convolution")),
+)
 #: Arms with attention, alone or beside a memory, learn the toy more slowly than a memory alone: they get so many times
 #: the steps, all of them alike.
-WITH_ATTENTION = ("attention", "window", "mac", "mag", "mal")
 ATTENTION_STEPS = 2
+#: The split toy is left before its end: what ablations are compared at must be below the ceiling.
+SPLIT_STEPS = 0.75
 VARIANTS = ("lmm", "mac", "mag", "mal")
 #: The gap of the toy is asked for again at these multiples of the one trained.
 GAPS = (1, 2, 4, 8)
@@ -59,6 +77,7 @@ class Setting:
     pairs: int
     gap: int
     seeds: int
+    layers: int = 1
     held_out: int = 8
     learning_rate: float = 3e-3
 
@@ -66,68 +85,89 @@ class Setting:
 @dataclass(kw_only=True)
 class Bound(Recall):
     """Recall in which a key and its value are one token, so that no arm must learn first to look at the token before,
-    and in which answers are not shown, so that none can be had by elimination.
+    in which answers are not shown, so that none can be had by elimination, and in which questions stand `apart` tokens
+    from each other, so that a window or a segment of no more sees one of them.
 
-    again: every key is bound twice, to two values, before it is asked for; the newer one is right."""
+    again: every key is bound twice, to two values, before it is asked for; the newer one is right.
+    split: a key and its value are two tokens, the value behind the key."""
 
     name: ClassVar[str] = "bound"
 
+    apart: int = 1
     again: bool = False
+    split: bool = False
 
     @property
     def vocabulary(self) -> int:
         return super().vocabulary + self.keys * self.values
 
     @property
+    def bindings(self) -> int:
+        return self.pairs * (1 + self.again)
+
+    @property
     def length(self) -> int:
-        return self.pairs * (1 + self.again) + int(self.gap or 0) + self.asked + 1
+        return self.bindings * (1 + self.split) + int(self.gap or 0) + (self.asked - 1) * self.apart + 2
 
     @property
     def chance(self) -> float:
         """A guess among the values of a row."""
-        return 1 / (self.pairs * (1 + self.again))
+        return 1 / self.bindings
 
     def draw(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Bindings (the older ones first), noise, and the keys that are asked for in a row; the answer to each is what
-        comes behind it in the labels, not in the text."""
+        """Bindings (the older ones first), noise, and the keys that are asked for, with noise between them; the answer
+        to each is what comes behind it in the labels, not in the text."""
         ids = random.integers(0, self.noise, (self.rows, self.length))
         labels = np.full_like(ids, IGNORE)
-        bound = self.pairs * (1 + self.again)
+        places = self.length - 2 - self.apart * np.arange(self.asked)[::-1]
         for row in range(self.rows):
-            values = random.permutation(self.values)[:bound]
+            values = random.permutation(self.values)[: self.bindings]
             keys = np.concatenate([random.permutation(self.keys)[: self.pairs]] * (1 + self.again))
-            ids[row, :bound] = self.noise + self.keys + self.values + keys * self.values + values
-            asked = bound - 1 - random.permutation(self.pairs)[: self.asked]
-            ids[row, -self.asked - 1 : -1] = self.noise + keys[asked]
-            labels[row, -self.asked :] = self.noise + self.keys + values[asked]
+            stated = [self.noise + keys, self.noise + self.keys + values]
+            one = [self.noise + self.keys + self.values + keys * self.values + values]
+            written = np.stack(stated if self.split else one, 1).ravel()
+            ids[row, : len(written)] = written
+            asked = self.bindings - 1 - random.permutation(self.pairs)[: self.asked]
+            ids[row, places] = self.noise + keys[asked]
+            labels[row, places + 1] = self.noise + self.keys + values[asked]
         return ids, labels
 
 
-def task_of(setting: Setting, seed: int, *, gap: int | None = None, rebound: bool = False) -> Recall:
+def task_of(setting: Setting, seed: int, *, gap: int | None = None, kind: str = "plain") -> Bound:
     """The stream of one seed. Every row binds the same keys to the same values in another order and asks for all, so
     that nothing but the pairing helps. Where keys are bound twice there are twice as many values."""
-    gap = setting.gap if gap is None else gap
-    values = 2 * setting.pairs if rebound else setting.pairs
-    sizes = {"pairs": setting.pairs, "keys": setting.pairs, "values": values, "noise": 4}
-    return Bound(rows=setting.rows, seed=seed, gap=gap, again=rebound, **sizes)
+    rebound = kind == "rebound"
+    return Bound(
+        rows=setting.rows,
+        seed=seed,
+        pairs=setting.pairs,
+        keys=setting.pairs,
+        values=setting.pairs * (1 + rebound),
+        noise=NOISE,
+        gap=setting.gap if gap is None else gap,
+        apart=SEGMENT,
+        again=rebound,
+        split=kind == "split",
+    )
 
 
-def trained(arm: str, setting: Setting, seed: int, rebound: bool = False) -> dict[str, Any]:
-    """Accuracy of one arm after training: at the gap of the training, and at its multiples."""
-    task = task_of(setting, seed, rebound=rebound)
+def trained(arm: str, kind: str, setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy of one arm after training: at the gap of the training, and on the plain toy at its multiples."""
+    task = task_of(setting, seed, kind=kind)
     mixer, options = ARMS[arm]
     torch.manual_seed(seed % 2**31)
     config = HeadwayConfig(
         vocab_size=task.vocabulary,
         width=setting.width,
-        layers=2,
+        layers=setting.layers,
         heads=2,
         mixer=mixer,
         mixer_options=dict(options),
         mlp_width=2 * setting.width,
     )
     model = HeadwayForCausalLM(config)
-    steps = setting.steps * (ATTENTION_STEPS if arm in WITH_ATTENTION else 1)
+    steps = setting.steps * (1 if mixer == "titans_lmm" else ATTENTION_STEPS)
+    steps = round(steps * SPLIT_STEPS) if kind == "split" else steps
     run = train(
         model,
         task,
@@ -137,22 +177,20 @@ def trained(arm: str, setting: Setting, seed: int, rebound: bool = False) -> dic
         warmup=steps // 20,
         seed=seed % 2**31,
     )
-    gaps = GAPS if not rebound else GAPS[:1]
+    gaps = GAPS if kind == "plain" else GAPS[:1]
     held = {
-        str(times): score(
-            model, task_of(setting, seed, gap=times * setting.gap, rebound=rebound).held_out(setting.held_out)
-        )["accuracy"]
+        str(times): score(model, task_of(setting, seed, gap=times * setting.gap, kind=kind).held_out(setting.held_out))[
+            "accuracy"
+        ]
         for times in gaps
     }
     return {"accuracy": held["1"], "by gap": held, "loss": run.loss, "chance": task.chance}
 
 
-def train_all(
-    arms: Sequence[tuple[str, bool]], setting: Setting, seed: int, *, workers: int = 1
-) -> dict[str, dict[str, Any]]:
-    """All arms of one seed, (name, keys are bound again), with so many processes."""
-    names = [f"rebound {arm}" if again else arm for arm, again in arms]
-    calls = [(arm, setting, seed, again) for arm, again in arms]
+def train_all(setting: Setting, seed: int, *, workers: int = 1) -> dict[str, dict[str, Any]]:
+    """All arms of one seed by toy, where it is not the plain one, and arm; with so many processes."""
+    names = [arm if kind == "plain" else f"{kind} {arm}" for arm, kind in RUNS]
+    calls = [(arm, kind, setting, seed) for arm, kind in RUNS]
     return dict(zip(names, side_by_side(trained, calls, workers=workers), strict=True))
 
 
