@@ -89,7 +89,8 @@ def toy_claims(context: Context, models: Sequence[dict[str, Any]]) -> list[Claim
     mixtures = [s for m in models for s in m["planted"]["mixtures"]]
     kept = [m["kept"]["texts"] / m["kept"]["whole"] for m in models]
     pairs = _by_model(models, "high")
-    against = _by_model(models, "against")
+    special = [m["specialised"] for m in models]
+    against = _by_model(special, "against")
     # Pictures and prompts of one model share its heads: a model is a sample.
     lost = [float(np.mean(m["interaction"])) for m in models if m["interaction"]]
     return [
@@ -143,9 +144,11 @@ def toy_claims(context: Context, models: Sequence[dict[str, Any]]) -> list[Claim
             measured=_difference(context, against, "against"),
             criterion=CRITERIA["high-against-low"],
             others=learned,
-            details={"pairs": against},
-            notes="With five concepts a low head needs five texts of five concepts. Without a low head there is "
-            "nothing to compare.",
+            details={"pairs": against, **{name: [m[name] for m in special] for name in ("high", "low")}},
+            notes="On the models with planted heads, described by the paper's five texts: of three texts one always "
+            "fits the concept that is named after them, so no head is low, and a first record, which asked the other "
+            "models, had no pair. With five concepts a low head needs five texts of five concepts; models without one "
+            "have nothing to compare. Low heads stand in any layer.",
         ),
         Claim(
             id="colour-heads-serve-colour",
@@ -178,11 +181,12 @@ def specialised_claims(context: Context, models: Sequence[dict[str, Any]]) -> li
     drops = _by_model(models, "drops")
     serve = [float(np.mean(m["own"]) - np.mean(m["other"])) for m in models]
     note = (
-        "Three of the eight heads of the last layer may write along the directions of one concept each (colour, shape, "
+        "Two of the eight heads of the last layer may write along the directions of one concept each (colour, "
         "position) and nowhere else; the image tower was trained on under that bound, the other heads are free. What a "
-        "head says is planted so, how much is lost without it is not. The paper's five texts describe a head here. One "
-        "model of another seed was seen before the record, and nothing was changed: the heads of colour and shape "
-        "scored five, and silencing both cost no accuracy."
+        "head says is planted so, how much is lost without it is not. The paper's five texts describe a head here. A "
+        "first record, of three models, planted a third concept, shape, which has four values and is worded like "
+        "colour: its heads scored two or three, and the gate was missed at 4 of 9 heads. What silencing cost was seen "
+        "then: 0.0002 by high heads, 0.004 by others. The criteria stayed."
     )
     return [
         Claim(

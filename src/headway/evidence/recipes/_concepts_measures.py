@@ -55,7 +55,7 @@ TEXTS = 3
 PLACE = (3, 0)
 #: Concepts that heads of the last layer are made to write of, one each, and the rate of the training behind it: half of
 #: the model's own.
-OWNED, TUNING_RATE = ("colour", "shape", "position"), tiny.RATE / 2
+OWNED, TUNING_RATE = ("colour", "position"), tiny.RATE / 2
 Head = tuple[int, int]
 
 
@@ -111,18 +111,15 @@ def scored_heads(model: Any, bank: TextBank, scenes: Scenes, *, texts: int = TEX
 
 
 def silenced(model: Any, bank: TextBank, count: int, draws: int, seed: int) -> dict[str, Any]:
-    """Scores of all heads; the drops by high heads and as many others of the same layers, and by as many high as low
-    heads; and by scene the colour answers minus the shape answers that colour heads cost. Heads are scored on other
-    scenes than they are silenced on."""
+    """Scores of all heads; the drops by high heads and as many others of the same layers; and by scene the colour
+    answers minus the shape answers that colour heads cost. Heads are scored on other scenes than they are silenced
+    on."""
     heads = scored_heads(model, bank, make_scenes(count, seed=seed))
     silencing = Silencing(model, make_scenes(count, seed=seed + 1))
     generator = torch.Generator().manual_seed(seed)
     classes = by_class(heads)
     rest = [h.place for h in heads if h.kind != "high"]
     pairs = _pairs(classes["high"], rest, generator, draws)
-    against = []
-    if classes["high"] and classes["low"]:
-        against = [equal_count(classes["high"], classes["low"], generator) for _ in range(draws)]
     colour = of_concept(heads, "colour")
     lost = silencing.lost(colour) if colour else {}
     return {
@@ -134,23 +131,26 @@ def silenced(model: Any, bank: TextBank, count: int, draws: int, seed: int) -> d
         "high": silencing.drops(pairs),
         "matched": len(pairs[0][0]) if pairs else 0,
         "all high": silencing.drop(classes["high"]),
-        "against": silencing.drops(against),
         "colour heads": colour,
         "interaction": (lost["colour"] - lost["shape"]).tolist() if lost else [],
     }
 
 
 def specialised(model: Any, bank: TextBank, steps: int, count: int, draws: int, seed: int) -> dict[str, Any]:
-    """The same questions of a model three heads of whose last layer were made to write of one concept each, and which
-    was trained on so: scores by the paper's five texts, the drops by high heads and as many others of the layer, and by
-    planted head the drop of its own concept beside the mean of the other four."""
+    """The same questions of a model some heads of whose last layer were made to write of one concept each, and which
+    was trained on so: scores by the paper's five texts, the drops by high heads and as many others of the layer, and as
+    many low heads; and by planted head the drop of its own concept beside the mean of the other four."""
     layer = PLACE[0]
     built = planted.specialised(model, bank, OWNED, layer=layer, steps=steps, rate=TUNING_RATE, seed=seed)
     own = planted.same_bank(built, bank)
     heads = scored_heads(built, own, make_scenes(count, seed=seed), texts=5)
     silencing = Silencing(built, make_scenes(count, seed=seed + 1))
-    high = [h.place for h in heads if h.kind == "high"]
-    rest = [h.place for h in heads if h.kind != "high"]
+    classes = by_class(heads)
+    high, rest = classes["high"], [h.place for h in heads if h.kind != "high"]
+    generator, against = torch.Generator().manual_seed(seed), []
+    pairs = _pairs(high, rest, generator, draws)
+    if high and classes["low"]:
+        against = [equal_count(high, classes["low"], generator) for _ in range(draws)]
     by_place = {h.place: h for h in heads}
     places = [(layer, number) for number in range(len(OWNED))]
     lost = [{c: float(v.mean()) for c, v in silencing.lost([place]).items()} for place in places]
@@ -161,7 +161,9 @@ def specialised(model: Any, bank: TextBank, steps: int, count: int, draws: int, 
             by_place[p].kind == "high" and by_place[p].concept == c for p, c in zip(places, OWNED, strict=True)
         ],
         "high": high,
-        "drops": silencing.drops(_pairs(high, rest, torch.Generator().manual_seed(seed), draws)),
+        "low": classes["low"],
+        "drops": silencing.drops(pairs),
+        "against": silencing.drops(against),
         "own": [row[c] for row, c in zip(lost, OWNED, strict=True)],
         "other": [float(np.mean([row[o] for o in CONCEPTS if o != c])) for row, c in zip(lost, OWNED, strict=True)],
     }

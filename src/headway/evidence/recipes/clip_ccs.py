@@ -29,12 +29,14 @@ BIASED = {"smoke": (3, 40, 1), "small": (300, 600, 5), "full": (1500, 6000, 20)}
 
 
 def run(context: Context) -> list[Claim]:
-    seeds = context.seeds(context.choose(smoke=1, small=3, full=10))
+    count, correlated = context.choose(smoke=(1, 1), small=(8, 3), full=(20, 10))
+    seeds = context.seeds(count)
     workers = context.choose(smoke=1, small=2, full=1)
-    calls = [(kind, context.size, seed) for kind in ("plain", "biased") for seed in seeds]
+    calls = [("plain", context.size, seed) for seed in seeds]
+    calls += [("biased", context.size, seed) for seed in seeds[:correlated]]
     with processes(workers) as together:
         models = in_stages(context, "models", together, measured, calls, size=workers)
-    plain, biased = models[: len(seeds)], models[len(seeds) :]
+    plain, biased = models[:count], models[count:]
     real = context.stage("vit", lambda: {"error": measures.real_vision(stand_in=context.size == "smoke")})
     return [
         claims.decomposition_claim(plain, real["error"]),
