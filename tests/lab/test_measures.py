@@ -10,7 +10,7 @@ from headway.errors import ArgumentError
 from headway.hosts import default_text
 from headway.lab import Arm
 from headway.lab.arms import EXTRA_ID
-from headway.lab.data import ByteSequences, held_out, labelled, split_bytes, with_first
+from headway.lab.data import ByteSequences, Split, held_out, labelled, split_bytes, with_first
 from headway.lab.measures import measure_arm
 from headway.lab.training import HeadMass, build, loss_with_terms, run_arm, thinned
 from headway.methods.sinks.sink_survey.comparison import in_int8, narrowed
@@ -50,6 +50,10 @@ class TestData:
         again = ByteSequences(split, arm(), 3)
         assert torch.equal(again.batch(2)["input_ids"], first[2])
         assert not torch.equal(ByteSequences(split, arm(), 4).batch(2)["input_ids"], first[2])
+
+    def test_a_text_shorter_than_a_sequence_is_refused(self):
+        with pytest.raises(ArgumentError, match="text: got 8 bytes to train on, expected at least 17"):
+            ByteSequences(Split(torch.zeros(8), torch.zeros(8)), Arm(length=16), 0)
 
     def test_training_never_meets_what_is_held_out(self, split):
         whole = torch.cat([split.train, split.held_out])

@@ -170,7 +170,7 @@ def measure_editors(
         with rule:
             found["losses"][name] = losses_of(model, ids)
             if name in ("plain", "masked"):
-                found[f"sink {name}"] = measure_sinks(model, ids, length=None, special_ids=()).by_sequence()
+                found[f"sink {name}"] = measure_sinks(model, ids, length=None, special_ids=()).by_sequence().tolist()
     plain = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     moved = run_with_register(model, ids, neurons, output_hidden_states=True)
     found["losses"]["register"] = _by_window(moved.logits, ids)
