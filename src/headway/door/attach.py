@@ -46,7 +46,7 @@ class SiteReport:
     site: Site
     paths: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     density_sum: float = 0.0
-    head_sums: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    head_sums: Tensor | float = 0.0
     select_seconds: float = 0.0
     execute_seconds: float = 0.0
 
@@ -58,6 +58,12 @@ class SiteReport:
     def density(self) -> float:
         return self.density_sum / self.calls if self.calls else float("nan")
 
+    @property
+    def density_by_head(self) -> list[float]:
+        if isinstance(self.head_sums, Tensor):
+            return (self.head_sums / self.calls).tolist()
+        return [self.density] * self.site.heads
+
     def row(self) -> dict[str, Any]:
         return {
             "site": self.site.name,
@@ -65,7 +71,7 @@ class SiteReport:
             "calls": self.calls,
             "paths": dict(self.paths),
             "density": self.density,
-            "density_by_head": (self.head_sums / self.calls).tolist(),
+            "density_by_head": self.density_by_head,
             "select_seconds": self.select_seconds,
             "execute_seconds": self.execute_seconds,
         }
@@ -154,7 +160,13 @@ class Handle:
         return [self.reports[name].row() for name in self.reports]
 
     def note(
-        self, site: Site, path: str, density: float, by_head: Tensor, select_seconds: float, execute_seconds: float
+        self,
+        site: Site,
+        path: str,
+        density: float,
+        by_head: Tensor | float,
+        select_seconds: float,
+        execute_seconds: float,
     ) -> None:
         report = self.reports.setdefault(site.name, SiteReport(site))
         report.paths[path] += 1
@@ -440,8 +452,7 @@ def pass_by(module: nn.Module) -> None:
                     "now, expected a text from its first token on. Run it without a cache (use_cache=False)."
                 )
         if handle.acting(site):
-            whole = torch.ones(max(site.heads, 1), dtype=torch.float64)
-            handle.note(site, "past the door: its keys are sums in a state", 1.0, whole, 0.0, 0.0)
+            handle.note(site, "past the door: its keys are sums in a state", 1.0, 1.0, 0.0, 0.0)
 
 
 class _Dispatch:
@@ -586,12 +597,13 @@ def _run(
         done = execute(edited, selectors, editors, changed=edited is not call, masked=reads)
     if not isinstance(done, str):
         edited, output, lse, path = done.call, done.output, done.lse, done.path
-        density, by_head = done.density, done.density_by_head
+        density: float = done.density
+        by_head: Tensor | float = done.density_by_head
         spent = (done.select_seconds, done.execute_seconds)
     else:
         native, weights = function(call.module, *tensors, **keywords)
         output, lse, path = native.transpose(1, 2), None, done
-        density, by_head = 1.0, torch.ones(call.heads, dtype=torch.float64)
+        density, by_head = 1.0, 1.0
         spent = (0.0, time.perf_counter() - start)
     for editor in editors:
         if "output" in editor.edits:

@@ -217,14 +217,16 @@ def execute_parts(
             index = slice(None) if at is None else torch.tensor(at, device=output.device)
             span = slice(None) if rows is None else slice(*rows)
             output[:, index, span], lse[:, index, span] = merged.to(output.dtype), total
-    read = torch.zeros(heads, dtype=torch.float64)
-    for part in parts:
-        read[slice(None) if part.of_heads is None else part.of_heads.cpu()] += part.keys * part.queries
+    read = [0] * heads
+    for (at, _), members in groups.items():
+        pairs = sum(part.keys * part.queries for part in members)
+        for head in range(heads) if at is None else at:
+            read[head] += pairs
     logical = call.keys + (0 if call.first_key is None else call.first_key)
-    by_head = read / max(logical * queries, 1)
-    density = min(float(by_head.mean()), 1.0)
+    visible = max(logical * queries, 1)
+    density = min(sum(read) / (visible * heads), 1.0)
+    by_head = torch.tensor([min(pairs / visible, 1.0) for pairs in read], dtype=torch.float64)
     whole = parts[0] if len(parts) == 1 and parts[0].of_heads is None else call
-    by_head = by_head.clamp(max=1)
     return Executed(whole, output, lse, "policy", density, by_head, read_seconds, time.perf_counter() - start)
 
 
