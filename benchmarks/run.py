@@ -264,7 +264,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
         normalizers.normalizer_forward, normalizers.normalizer_training, normalizers.normalizer_explicit,
         normalizers.normalizer_decode, models.model_training,
         influence.influence_scoring, influence.corpus_selection, anchors.anchors_suppression, posir.posir_saliency,
-        plan.plan_check, ruler.ruler_dense,
+        plan.plan_check, ruler.ruler_dense, ruler.ruler_methods,
     )
 }  # fmt: skip
 
