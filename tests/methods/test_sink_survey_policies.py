@@ -30,6 +30,28 @@ POLICIES = SMALL | {f"intactkv {name}": make for name, make in QUANTISED.items()
 HOSTS = ["llama", "multi-query", "mistral sliding", "gemma2 soft cap", "gpt-oss learned sinks"]
 
 
+def gated(projection: str) -> torch.nn.Module:
+    """A decoder with an output gate where hosts keep its weights: in a module of its own, or in the second half of the
+    query projection. What it does to outputs is left out, so that keys and their scores are those of the plain host."""
+    model = CAUSAL["llama"]()
+    for layer in model.model.layers:
+        attention, query = layer.self_attn, layer.self_attn.q_proj
+        gate = torch.nn.Linear(query.in_features, query.out_features, bias=False)
+        setattr(attention, projection, Doubled(query) if projection == "q_proj" else gate)
+    return model
+
+
+class Doubled(torch.nn.Linear):
+    """A query projection of twice the size, of which the second half is a gate that its host would take off."""
+
+    def __init__(self, query: torch.nn.Linear) -> None:
+        super().__init__(query.in_features, 2 * query.out_features, bias=False)
+        self.weight.data[: query.out_features] = query.weight.data
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[..., : self.out_features // 2]
+
+
 class TestContract:
     @pytest.mark.parametrize("name", RANKED)
     @pytest.mark.parametrize("host", HOSTS)
@@ -162,6 +184,23 @@ class TestWhatStays:
         with headway.use(model, H2O(budget=6, recent=2, sinks=2)), caplog.at_level(logging.WARNING), torch.no_grad():
             model(input_ids=contract.tokens(1, 14), use_cache=True)
         assert sum("learned sinks" in record.message for record in caplog.records) == 1
+
+    @pytest.mark.parametrize("projection", ["gate_proj", "g_proj", "q_proj"])
+    def test_a_gated_host_is_told_that_nothing_is_protected(self, projection, caplog):
+        """Its first tokens stay or go by their score alone, as with no sinks asked for."""
+
+        def held(model: torch.nn.Module, sinks: int) -> list:
+            caplog.clear()
+            with headway.use(model, KeyDiff(budget=8, recent=2, sinks=sinks)), caplog.at_level(logging.WARNING):
+                with torch.no_grad():
+                    past = model(input_ids=contract.tokens(2, 20), use_cache=True).past_key_values
+                return [places.tolist() for places in past.held()]
+
+        free = held(gated(projection), 0)
+        assert not caplog.records
+        assert held(gated(projection), 4) == free
+        assert sum("has a gate on the output of attention, so its first" in r.message for r in caplog.records) == 1
+        assert held(CAUSAL["llama"](), 4) != free, "the same host without a gate keeps its first tokens"
 
     @pytest.mark.parametrize("name", RANKED)
     def test_a_prompt_shorter_than_sinks_and_window_is_left_whole(self, name):

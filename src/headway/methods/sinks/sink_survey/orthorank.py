@@ -21,7 +21,8 @@ from headway.card import Card
 from headway.door.call import AttentionCall
 from headway.door.stages import Stage
 from headway.errors import ArgumentError, HostError
-from headway.methods.sinks.sink_survey.ranked import RankedEviction, RankedLayer, first_of, ranked_at_budget
+from headway.methods.sinks.sink_survey.places import first_of
+from headway.methods.sinks.sink_survey.ranked import RankedEviction, RankedLayer, ranked_at_budget
 
 CARD = Card(
     slug="orthorank",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from headway.door.caches import first_tokens
 from headway.door.call import AttentionCall, Site
@@ -16,6 +16,8 @@ from headway.errors import ArgumentError, HostError, unknown
 Head = tuple[int, int]
 #: Positions from the first real token, or a mask (batch, tokens) over all columns of the sequence.
 Places = Sequence[int] | Bool[Tensor, "#batch tokens"]
+#: What hosts call the projection of an output gate, in their attention module.
+GATE_PROJECTIONS = ("gate_proj", "g_proj", "q_gate_proj")
 
 
 def first_of(call: AttentionCall) -> Int[Tensor, " batch"]:
@@ -24,6 +26,21 @@ def first_of(call: AttentionCall) -> Int[Tensor, " batch"]:
     if padding is None or padding.shape[0] != call.query.shape[0]:
         return torch.zeros(call.query.shape[0], dtype=torch.long, device=call.query.device)
     return first_tokens(padding).to(call.query.device)
+
+
+def sink_free(call: AttentionCall) -> str | None:
+    """What a host has in place of an attention sink, so that its first tokens are no more than others; None for a host
+    that has nothing. A gate on the output of attention is found by its projection: one of its own, or a query
+    projection of twice the size."""
+    if call.sinks is not None:
+        return "learned sinks"
+    module = call.module
+    if module is None:
+        return None
+    query = getattr(module, "q_proj", None)
+    doubled = isinstance(query, nn.Linear) and query.out_features == 2 * call.site.heads * call.site.head_dim
+    own = any(isinstance(getattr(module, name, None), nn.Module) for name in GATE_PROJECTIONS)
+    return "a gate on the output of attention" if doubled or own else None
 
 
 def marked_keys(call: AttentionCall, places: Places, name: str) -> Bool[Tensor, "batch 1 1 keys"]:

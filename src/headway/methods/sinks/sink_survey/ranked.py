@@ -4,8 +4,8 @@
 
 Methods differ in the score alone. A forward reads what is stored and its own tokens; after that the lowest scores
 leave, layer by layer, so that a long prompt is never held in all layers at once. Scores, sinks and budgets are those of
-each sequence of a batch, counted from its first real token. A host with learned sinks needs no first token: there
-nothing is protected, and a warning says so.
+each sequence of a batch, counted from its first real token. A host with learned sinks or with a gate on
+the output of attention needs no first token: there nothing is protected, and a warning says so.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headway.door.caches import PolicyCache, PolicyLayer, TokenStore, first_tokens
+from headway.door.caches import PolicyCache, PolicyLayer, TokenStore
 from headway.door.call import AttentionCall
 from headway.door.policy_hosts import require_plain_decoder, require_plain_positions, text_config
 from headway.door.stages import CachePolicy
 from headway.errors import ArgumentError, HostError
 from headway.kernels.dense import DEFAULT_BLOCK
 from headway.methods.budget import check_share
+from headway.methods.sinks.sink_survey.places import first_of, sink_free
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,13 @@ class RankedEviction(CachePolicy):
     def _evict(self, call: AttentionCall, layer: RankedLayer, real: Bool[Tensor, "batch kv_heads slots"]) -> None:
         places = layer.store.positions
         stays = places >= layer.seen - self.recent
-        if call.sinks is None:
+        instead = sink_free(call)
+        if instead is None:
             first = first_of(call).to(places.device)
             stays = stays | (places - first[:, None, None] < self.sinks)
         elif self.sinks:
             call.forward.cache.tell(
-                f"{self.title}: the host has learned sinks, so its first tokens are not kept for their sake."
+                f"{self.title}: the host has {instead}, so its first tokens are not kept for their sake."
             )
         score = layer.score.masked_fill(real & stays, torch.inf).masked_fill(~real, -torch.inf)
         place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -201,14 +203,6 @@ def real_rows(call: AttentionCall) -> Bool[Tensor, "batch queries"] | None:
     """Query rows that are tokens; None when all are."""
     start = int(call.forward.cache.get_seq_length(call.site.layer)) - call.queries if call.forward.cache else 0
     return call.real_tokens(start, start + call.queries)
-
-
-def first_of(call: AttentionCall) -> Int[Tensor, " batch"]:
-    """The position of each sequence's first real token."""
-    padding = call.forward.padding
-    if padding is None or padding.shape[0] != call.query.shape[0]:
-        return torch.zeros(call.query.shape[0], dtype=torch.long)
-    return first_tokens(padding)
 
 
 def ranked_at_budget(
