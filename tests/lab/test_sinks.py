@@ -20,7 +20,7 @@ from headway.errors import ArgumentError, NumericError
 from headway.lab import Arm, ArmResult, Experiment, SinkLab, run_sinks
 from headway.lab import sinks as module
 from headway.lab.command import sinks, table_of
-from headway.lab.report import SCRIPTS, STYLES, number, payload, render
+from headway.lab.report import SCRIPTS, STYLES, number, own_settings, payload, render
 from headway.lab.table import COLUMNS, cell, conclude, paired_difference, rows
 from headway.pages.shell import source
 from tests.look.synthetic import HOSTILE
@@ -213,6 +213,19 @@ class TestPage:
         assert data["arms"][1]["settings"] == payload(lab)["arms"][1]["settings"]
         assert len(data["arms"][0]["course"]) == 2
         assert len(page) < 2_500_000
+
+    def test_small_print_is_what_tells_an_arm_from_the_baseline(self):
+        lab = made({"softmax": 0.4, "window": 0.1, "natural": 0.0})
+        lab.arms = {
+            "softmax": {"width": 64, "first": "fixed"},
+            "window": {"width": 64, "first": "fixed", "window": 8},
+            "natural": {"width": 64},
+        }
+        assert own_settings(lab, "softmax") == {"first": "fixed"}
+        assert own_settings(lab, "window") == {"window": 8}
+        assert own_settings(lab, "natural") == {"first": "natural"}
+        alone = made({"softmax": 0.4})
+        assert own_settings(alone, "softmax") == {"normalizer": "softmax"}
 
     def test_hostile_names_stay_text(self):
         for words in HOSTILE:

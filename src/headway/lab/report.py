@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from headway.lab.arms import Arm
 from headway.lab.result import SinkLab
 from headway.lab.table import Cell, Column, columns, rows
 from headway.pages.plain import rounded
@@ -65,13 +66,13 @@ def payload(lab: SinkLab) -> dict[str, Any]:
 
 
 def own_settings(lab: SinkLab, arm: str) -> dict[str, Any]:
-    """The settings of an arm that the others do not all share."""
-    shared = [
-        name
-        for name, value in lab.arms[arm].items()
-        if len(lab.arms) > 1 and all(other.get(name) == value for other in lab.arms.values())
-    ]
-    return {name: value for name, value in lab.arms[arm].items() if name not in shared}
+    """What tells an arm from the baseline; of the baseline itself, what is no default and not shared by all arms."""
+    own, base = lab.arms[arm], lab.arms[lab.baseline]
+    if arm != lab.baseline:
+        plain = Arm().settings()
+        return {name: own.get(name, plain[name]) for name in {**own, **base} if own.get(name) != base.get(name)}
+    others = [settings for name, settings in lab.arms.items() if name != arm]
+    return {name: value for name, value in own.items() if any(o.get(name) != value for o in others) or not others}
 
 
 def words_of(settings: dict[str, Any]) -> str:
