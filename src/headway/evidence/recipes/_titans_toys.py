@@ -60,8 +60,6 @@ RUNS: Sequence[tuple[str, str]] = (
 #: Arms with attention, alone or beside a memory, learn the toy more slowly than a memory alone: they get so many times
 #: the steps, all of them alike.
 ATTENTION_STEPS = 2
-#: The split toy is left before its end: what ablations are compared at must be below the ceiling.
-SPLIT_STEPS = 0.75
 VARIANTS = ("lmm", "mac", "mag", "mal")
 #: The gap of the toy is asked for again at these multiples of the one trained.
 GAPS = (1, 2, 4, 8)
@@ -167,7 +165,6 @@ def trained(arm: str, kind: str, setting: Setting, seed: int) -> dict[str, Any]:
     )
     model = HeadwayForCausalLM(config)
     steps = setting.steps * (1 if mixer == "titans_lmm" else ATTENTION_STEPS)
-    steps = round(steps * SPLIT_STEPS) if kind == "split" else steps
     run = train(
         model,
         task,
@@ -175,6 +172,8 @@ def trained(arm: str, kind: str, setting: Setting, seed: int) -> dict[str, Any]:
         learning_rate=setting.learning_rate,
         weight_decay=0.01,
         warmup=steps // 20,
+        # Arms leave a plateau when they do: a rate that has fallen by then would leave them on their way.
+        schedule="wsd",
         seed=seed % 2**31,
     )
     gaps = GAPS if kind == "plain" else GAPS[:1]
