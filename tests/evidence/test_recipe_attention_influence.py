@@ -40,6 +40,21 @@ def test_controls_are_as_many_as_the_heads_and_others(smoke):
     )
 
 
+def test_a_toy_whose_layers_have_too_few_other_heads_has_no_controls():
+    import numpy as np
+
+    from headway.evidence.recipes._influence_stages import _later_controls
+    from headway.methods.diagnosis.attention_influence import HeadScores
+
+    def found(scores):
+        return HeadScores(layers=(0, 1, 2), per_sample=np.array([scores]), accuracy=np.ones(1), threshold=0.5)
+
+    (control,) = _later_controls(found([[0.9, 0.8], [0.1, 0.0], [0.1, 0.2]]), 1, 0)
+    assert len(control) == 2
+    assert {layer for layer, _ in control} <= {1, 2}
+    assert _later_controls(found([[0.1, 0.1], [0.9, 0.0], [0.9, 0.9]]), 1, 0) == []
+
+
 def test_planted_heads_are_found_at_any_size(smoke):
     assert claim(smoke, "planted-heads-found").verdict == "holds"
     assert claim(smoke, "planted-heads-found").others["wrong"].value == 0
@@ -70,6 +85,24 @@ def test_texts_of_every_kind_have_one_length_and_their_own_ids(kind):
     assert torch.equal(symbols.any(0).nonzero()[:, 0], torch.arange(toy.KEYS, toy.KEYS + toy.GAP)) or kind != "recall"
     assert kind == "recall" or bool(symbols.all())
     assert 0 <= int(ids.min()) <= int(ids.max()) < toy.VOCABULARY
+
+
+@pytest.mark.parametrize(("kind", "distance"), [("chain", 1), ("skip-gram", 2)])
+def test_symbols_of_a_chain_follow_from_one_place_alone(kind, distance):
+    """The share of symbols that are the likeliest behind the symbol so many places before."""
+    ids = toy.chains(200, torch.Generator().manual_seed(0), distance=distance) - toy.SYMBOL
+
+    def told(places):
+        counts = torch.zeros(toy.SYMBOLS, toy.SYMBOLS)
+        counts.index_put_((ids[:, :-places].flatten(), ids[:, places:].flatten()), torch.tensor(1.0), accumulate=True)
+        return float(counts.amax(1).sum() / counts.sum())
+
+    other = 3 - distance
+    assert told(distance) > 0.3
+    assert told(distance) > told(other) + 0.08
+    even = toy.chains(200, torch.Generator().manual_seed(0), distance=distance, noise=1.0) - toy.SYMBOL
+    assert even.unique().numel() == toy.SYMBOLS
+    assert toy.documents(kind, 3, torch.Generator().manual_seed(0)).shape == (3, toy.LENGTH)
 
 
 def test_both_texts_of_a_pair_have_the_same_words_and_only_one_is_true():

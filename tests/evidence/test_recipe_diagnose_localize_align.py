@@ -113,7 +113,7 @@ def test_every_answer_is_judged_under_both_rules():
     assert found["gain"] == [0.0] * 2 * len(method.KINDS), "what is liked for its form gains nothing"
 
 
-def test_the_rate_of_each_form_is_the_one_under_which_preferred_answers_are_likeliest(monkeypatch):
+def test_the_rate_of_each_set_of_layers_is_the_one_under_which_preferred_answers_are_likeliest(monkeypatch):
     class Context:
         size = "smoke"
 
@@ -126,14 +126,22 @@ def test_the_rate_of_each_form_is_the_one_under_which_preferred_answers_are_like
         asked.append((layers, settings.learning_rate))
         assert settings.weights == "uniform"
         assert not {case.conflict for case in pairs} >= {case.conflict for case in held}
-        return abs(np.log(settings.learning_rate / 2.1e-3)) if layers else float("inf") if len(asked) % 2 else 1.0
+        if layers is None:
+            return float("inf") if len(asked) % 2 else 1.0
+        return abs(np.log(settings.learning_rate / (2.1e-3 if len(layers) == toy.LAYERS else 5e-3)))
 
+    located = {"scores": np.arange(toy.LAYERS * toy.HEADS, dtype=float).reshape(toy.LAYERS, -1), "layers": [2, 4]}
     monkeypatch.setattr(toy, "train", lambda steps, seed: None)
+    monkeypatch.setattr(measures, "focal", lambda base, cases: located)
     monkeypatch.setattr(measures, "preferred_loss", loss)
     found = recipe._rates(Context())
-    assert found["chosen"]["lora"] == 2e-3
+    assert {what: found["chosen"][what] for what in ("all", "focal", "random", "least_moved")} == {
+        "all": 2e-3, "focal": 5e-3, "random": 5e-3, "least_moved": 5e-3
+    }  # fmt: skip
     assert np.isfinite(found["losses"]["full"][str(found["chosen"]["full"])])
-    assert [rate for layers, rate in asked if layers] == list(recipe.RATES["lora"])
+    tried = [(layers, rate) for layers, rate in asked if layers]
+    assert [rate for _, rate in tried] == 4 * list(recipe.RATES["lora"])
+    assert {tuple(layers) for layers, _ in tried} >= {(2, 4), (0, 1), tuple(range(toy.LAYERS))}
 
 
 def test_the_loss_of_preferred_answers_is_that_of_their_tokens():

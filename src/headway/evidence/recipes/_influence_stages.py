@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headway.door import UniformHeads, use
 from headway.door.blocks import recorded_inputs, starting_at
+from headway.errors import ArgumentError
 from headway.evidence.recipe import Context
 from headway.evidence.recipes import _influence_toy as toy
 from headway.evidence.recipes import _planted_retrieval as planted
@@ -31,7 +32,7 @@ CALIPER = 0.1
 
 
 def toy_run(context: Context, number: int) -> dict[str, Any]:
-    """One toy: trained, its heads found, masked beside controls, and texts of four kinds scored."""
+    """One toy: trained, its heads found, masked beside controls, and texts of every kind scored."""
     steps, count, draws, pool = context.choose(smoke=(4, 6, 3, 12), small=(250, 64, 20, 200), full=(1000, 200, 20, 400))
     generator = context.torch_generator(f"toy {number}")
     model = toy.trained(steps, generator)
@@ -39,7 +40,7 @@ def toy_run(context: Context, number: int) -> dict[str, Any]:
     chosen = _chosen(found)
     held = toy.records(8 * count, generator)
     late = measure_heads(model, [_one_row_late(probe) for probe in toy.probes(count, generator)], threshold=THRESHOLD)
-    controls = found.controls(draws, seed=number, later=True) if found.chosen else [[(toy.LAYERS - 1, 0)]]
+    controls = _later_controls(found, draws, number)
     singles = {f"layer {layer}": [(layer, head) for head in range(toy.HEADS)] for layer in range(toy.LAYERS)}
     return {
         "accuracy": toy.recall(model, held),
@@ -53,9 +54,17 @@ def toy_run(context: Context, number: int) -> dict[str, Any]:
         "control heads": controls,
         "by layer": {name: toy.recall(model, held, heads) for name, heads in singles.items()},
         "by number": [toy.recall(model, held, chosen[:size]) for size in range(len(chosen) + 1)],
-        "kinds": _kinds(model, chosen, controls[0], pool, generator),
+        "kinds": _kinds(model, chosen, controls[0] if controls else [(toy.LAYERS - 1, 0)], pool, generator),
         "students": _students(context, model, chosen, generator),
     }
+
+
+def _later_controls(found: HeadScores, draws: int, seed: int) -> list[list[Head]]:
+    """Controls of the same layers or later ones; none where these have too few other heads."""
+    try:
+        return found.controls(draws, seed=seed, later=True) if found.chosen else []
+    except ArgumentError:
+        return []
 
 
 def _one_row_late(probe: CopySample) -> CopySample:
@@ -72,7 +81,7 @@ def _one_row_late(probe: CopySample) -> CopySample:
 def _kinds(
     model: Any, heads: Sequence[Head], control: Sequence[Head], pool: int, generator: torch.Generator
 ) -> dict[str, Any]:
-    """AI, loss and repetition of texts of four kinds of one length, each record with a text of every other kind whose
+    """AI, loss and repetition of texts of every kind, of one length, each record with a text of every other kind whose
     loss is nearest to its own; and of records whose answers are guessed."""
     texts = {kind: toy.documents(kind, pool, generator) for kind in toy.KINDS}
     base = {kind: toy.mean_losses(model, ids) for kind, ids in texts.items()}
@@ -200,7 +209,7 @@ def host(context: Context) -> tuple[Any, Any, list[str]]:
         model = tiny_host("llama", num_hidden_layers=3, max_position_embeddings=2048)[0]
         return model, Letters(), [f"no {i} says {3 * i} times" for i in range(30)]
     model, tokenizer = load("smollm2")
-    most = context.choose(small=20, full=30)
+    most = 30
     return model, tokenizer, probe_sentences(default_text().text, tokenizer, most=most)
 
 
@@ -215,8 +224,8 @@ class Letters:
 
 def make_probes(context: Context, tokenizer: Any, sentences: list[str], part: str) -> list[RetrievalProbe]:
     """Probes to find heads by, or others to judge them on: no text is in both parts."""
-    tokens, key_length = context.choose(smoke=(900, 8), small=(288, 8), full=(1024, 32))
-    counts = context.choose(smoke=(4, 2), small=(10, 5), full=(200, 50))
+    tokens, key_length = context.choose(smoke=(900, 8), small=(448, 8), full=(1024, 32))
+    counts = context.choose(smoke=(4, 2), small=(12, 8), full=(200, 50))
     half = len(sentences) // 2
     if part == "found":
         return retrieval_probes(
@@ -249,7 +258,7 @@ def masked_copying(context: Context, heads: list[Head], scores: HeadScores) -> d
     """The share of answer tokens of held-out probes that the model predicts: intact, without the object, with the heads
     masked, and with as many others of the same layers."""
     model, tokenizer, sentences = host(context)
-    draws = context.choose(smoke=2, small=4, full=20)
+    draws = context.choose(smoke=2, small=8, full=20)
     controls = scores.controls(draws, seed=context.seed) if scores.chosen else [[(1, 0)], [(2, 1)]]
     sets = {"masked": heads, **{f"control {i}": control for i, control in enumerate(controls)}}
     probes = make_probes(context, tokenizer, sentences, "held")

@@ -3,7 +3,8 @@
 A record is pairs, a stretch of symbols, and questions: a pair is one token that names a key with its value, a question
 the bare key, behind which its pair has to be said again. Keys come once in each part, in another order. Only a look-up
 tells the value; chance is one of the values. Beside records the model reads texts without look-ups: an order-1 chain, a
-phrase said again and again, symbols drawn by frequency, each with more or less noise. All have `LENGTH` tokens.
+chain in which every symbol follows from the one two before it (a skip-gram), a phrase said again and again, symbols
+drawn by frequency, each with more or less noise. All have `LENGTH` tokens.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ LENGTH = KEYS + GAP + 2 * KEYS
 ASKING = slice(KEYS + GAP, LENGTH - 1, 2)
 ANSWERS = slice(KEYS + GAP + 1, LENGTH, 2)
 CHANCE = 1 / VALUES
-LAYERS, HEADS, WIDTH = 3, 4, 64
-RECORDS, OTHERS, RATE, WARM = 32, 15, 3e-3, 30
+#: Two heads a layer: more of them share the keys among themselves, each looking up some, and so none stands out.
+LAYERS, HEADS, WIDTH = 3, 2, 64
+RECORDS, OTHERS, RATE, WARM = 32, 16, 3e-3, 30
 #: Weight of a token of a record that is no answer: most of them cannot be known.
 OTHER = 0.1
-KINDS = ("recall", "chain", "phrase", "frequency")
+KINDS = ("recall", "chain", "skip-gram", "phrase", "frequency")
 
 Head = tuple[int, int]
 
@@ -59,29 +61,30 @@ def guessed(ids: Int[Tensor, "count tokens"], generator: torch.Generator) -> Int
     return changed
 
 
-def chains(count: int, generator: torch.Generator, *, noise: float | Tensor = 0.0) -> Int[Tensor, "count tokens"]:
-    """Text of a fixed order-1 chain over the symbols, with a share of the symbols drawn evenly."""
-    table = torch.rand(SYMBOLS, SYMBOLS, generator=torch.Generator().manual_seed(7)).pow(8)
-    column = torch.randint(SYMBOLS, (count,), generator=generator)
-    columns = [column]
-    for _ in range(LENGTH - 1):
-        drawn = torch.multinomial(table[column], 1, generator=generator)[:, 0]
+def chains(
+    count: int, generator: torch.Generator, *, noise: float | Tensor = 0.0, distance: int = 1
+) -> Int[Tensor, "count tokens"]:
+    """Text of a fixed chain over the symbols, in which each follows from the one `distance` before it, with a share of
+    the symbols drawn evenly."""
+    table = torch.rand(SYMBOLS, SYMBOLS, generator=torch.Generator().manual_seed(6 + distance)).pow(8)
+    columns = list(torch.randint(SYMBOLS, (distance, count), generator=generator))
+    while len(columns) < LENGTH:
+        drawn = torch.multinomial(table[columns[-distance]], 1, generator=generator)[:, 0]
         even = torch.randint(SYMBOLS, (count,), generator=generator)
-        column = torch.where(torch.rand(count, generator=generator) < noise, even, drawn)
-        columns.append(column)
+        columns.append(torch.where(torch.rand(count, generator=generator) < noise, even, drawn))
     return SYMBOL + torch.stack(columns, 1)
 
 
 def documents(kind: str, count: int, generator: torch.Generator) -> Int[Tensor, "count tokens"]:
-    """Texts of one kind, of mixed difficulty: records with some answers guessed, chains with noise, a phrase of symbols
-    said again and again with noise, symbols drawn by frequency."""
+    """Texts of one kind, of mixed difficulty: records with some answers guessed, chains and skip-grams with noise, a
+    phrase of symbols said again and again with noise, symbols drawn by frequency."""
     level = torch.rand(count, 1, generator=generator)
     flip = torch.rand(count, LENGTH, generator=generator) < level
     if kind == "recall":
         right = records(count, generator)
         return torch.where(flip & (level < 0.3), guessed(right, generator), right)
-    if kind == "chain":
-        return chains(count, generator, noise=level[:, 0])
+    if kind in ("chain", "skip-gram"):
+        return chains(count, generator, noise=level[:, 0], distance=1 if kind == "chain" else 2)
     even = SYMBOL + torch.randint(SYMBOLS, (count, LENGTH), generator=generator)
     if kind == "phrase":
         size = LENGTH // 4
@@ -96,7 +99,7 @@ def trained(steps: int, generator: torch.Generator, *, width: int = WIDTH, corpu
 
     def loss(model: Any) -> Tensor:
         if corpus is None:
-            others = [documents(kind, OTHERS // 3, generator) for kind in KINDS[1:]]
+            others = [documents(kind, OTHERS // len(KINDS[1:]), generator) for kind in KINDS[1:]]
             ids = torch.cat([records(RECORDS, generator), *others])
         else:
             ids = corpus[torch.randint(len(corpus), (RECORDS + OTHERS,), generator=generator)]

@@ -97,14 +97,12 @@ def judged(model: Any, tokenizer: Any, kinds: Sequence[str], facts: int) -> dict
 
 def located(model: Any, cases: Sequence[toy.Case], held: Sequence[toy.Case], draws: int, seed: int) -> dict[str, Any]:
     """Focal heads and layers of a toy, and what silencing does beside random heads, anywhere or in their layers."""
-    drift = method.attention_drift(model, [case.pair() for case in cases])
-    scores = drift.scores()
-    heads = method.focal_heads(scores, share=TOY_SHARE)
+    found_by_drift = focal(model, cases)
     effects = {}
     for name, same in (("anywhere", False), ("same_layers", True)):
         found = method.gate_effect(
             model,
-            heads,
+            found_by_drift["heads"],
             lambda: toy.margins(model, held),
             shape=(toy.LAYERS, toy.HEADS),
             generator=np.random.default_rng(seed),
@@ -112,12 +110,14 @@ def located(model: Any, cases: Sequence[toy.Case], held: Sequence[toy.Case], dra
             same_layer=same,
         )
         effects[name] = {"focal": found.focal.value, "by_control": found.by_control, "p": found.null.p_value}
-    return {
-        "scores": scores.tolist(),
-        "heads": heads,
-        "layers": method.focal_layers(scores, heads),
-        "effects": effects,
-    }
+    return found_by_drift | {"effects": effects}
+
+
+def focal(model: Any, cases: Sequence[toy.Case]) -> dict[str, Any]:
+    """Drift scores of a toy, its focal heads and their layers."""
+    scores = method.attention_drift(model, [case.pair() for case in cases]).scores()
+    heads = method.focal_heads(scores, share=TOY_SHARE)
+    return {"scores": scores.tolist(), "heads": heads, "layers": method.focal_layers(scores, heads)}
 
 
 def trained(

@@ -23,7 +23,7 @@ from headway.evidence.recipes import _influence_toy as toy
 from headway.methods.diagnosis.attention_influence import HeadScores
 from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_over_seeds
 
-COPIES = at_least(0.8, of="accuracy", by="value", label="answer tokens of the probes that SmolLM2 predicts")
+COPIES = at_least(0.95, of="accuracy", by="value", label="answer tokens of the probes that SmolLM2 predicts")
 ANSWERS = at_least(0.95, of="accuracy", by="value", label="accuracy of the intact planted decoders")
 LEARNED = at_least(0.95, of="accuracy", by="value", label="recall of the intact toy")
 MATCHED = between(0.35, 0.65, of="perplexity", by="value", label="AUROC of the loss among matched texts")
@@ -112,7 +112,9 @@ def _heads_claim(context: Context, found: dict[str, Any]) -> Claim:
             "accuracy": bootstrap(found["accuracy"], generator=context.generator("accuracy")),
         },
         notes="A trial with four probes had shown scores, and an agreement of 0.51 between two and two of them, before "
-        "the criteria were written; these are those of the design.",
+        "the criteria were written; these are those of the design. The gate on answer tokens was first 0.8; it is now "
+        "0.95, as for the toys, and sentences have up to 30 tokens, as in the paper, where they had up to 20: SmolLM2 "
+        "often misses the first word, which the key alone tells (two of three on twelve probes), and copies the rest.",
         details={"highest": found["highest"], "chosen": found["chosen"]},
     )
 
@@ -217,7 +219,8 @@ def _toy_claims(context: Context, toys: Sequence[dict[str, Any]]) -> list[Claim]
         return bootstrap_over_seeds(dict(enumerate([[v] for v in values])), generator=random)
 
     halves = min((t["halves"] for t in toys), key=lambda value: (value == value, value))
-    kept = [float(np.median(t["controls"])) / max(t["accuracy"], 1e-9) for t in toys]
+    kept = [float(np.median(t["controls"])) / max(t["accuracy"], 1e-9) for t in toys if t["controls"]]
+    controls = over(kept) if len(kept) == len(toys) else Measurement(float("nan"), n=len(kept))
     return [
         Claim(
             id="toy-heads-found",
@@ -235,11 +238,14 @@ def _toy_claims(context: Context, toys: Sequence[dict[str, Any]]) -> list[Claim]
             measured=over([t["masked"] for t in toys]),
             baseline=over([t["accuracy"] for t in toys]),
             criterion=CRITERIA["toy-masking-ends-recall"],
-            others=accuracy | {"controls": over(kept), "chance": Measurement(toy.CHANCE)},
+            others=accuracy | {"controls": controls, "chance": Measurement(toy.CHANCE)},
             notes="Controls come from the same layer, and from later ones where it has too few other heads: heads of "
             "earlier layers write what retrieval heads read. The criteria were written for a toy in which pairs "
             "were two tokens, which did not learn; this one was made, and its steps chosen, after trials of it had "
-            "been seen.",
+            "been seen. A first record had four heads a layer, which share the keys among themselves: heads below the "
+            "threshold left 0.37 of the recall, controls kept 0.87, and longer training lowered the scores. Two heads "
+            "a layer were then looked at on one other seed after 250 steps: 0.12 left, and all of it without either "
+            "later layer. The criteria stayed.",
             details={
                 name: [t[name] for t in toys]
                 for name in ("chosen", "by number", "by layer", "controls", "control heads")
@@ -281,8 +287,9 @@ def _ranking_claim(context: Context, toys: Sequence[dict[str, Any]]) -> Claim:
             "repetition": Measurement(min(by["repetition"].values()), n=count),
         },
         notes=f"Losses of matched texts differ by at most {stages.CALIPER} nats. AUROC of a record against a chain, a "
-        "phrase that is repeated, and symbols drawn by frequency; the least of the three. In a first trial other "
-        "texts weighed so little in training that hardly any record had a match, so they now weigh as much as answers.",
+        "skip-gram, a phrase that is repeated, and symbols drawn by frequency; the least of the four. A first record "
+        "had no skip-grams, and 0.85 against phrases. In a first trial other texts weighed so little in training that "
+        "hardly any record had a match, so they now weigh as much as answers.",
         details={
             "auroc": by,
             "mean influence": {

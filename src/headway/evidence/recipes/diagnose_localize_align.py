@@ -28,10 +28,11 @@ from headway.evidence.recipes._stages import in_stages
 from headway.methods.diagnosis import diagnose_localize_align as method
 
 CRITERIA = claims.CRITERIA
-#: Rates that are tried on a decoder of their own: adapters on all layers, and all parameters. The one under which
-#: preferred answers that it was not trained on are likeliest is used for every measured run of that form. Their
-#: preference loss does not tell: it falls on, at rates that make both answers unlikely. The released rate and β are for
-#: models of billions.
+#: What is trained: adapters on sets of layers, or all parameters.
+SETS = ("focal", "random", "least_moved", "all", "full")
+#: Rates that are tried for each of them on a decoder of their own. The one under which preferred answers that it was
+#: not trained on are likeliest is used for every measured run of that set. Their preference loss does not tell: it
+#: falls on, at rates that make both answers unlikely. The released rate and β are for models of billions.
 RATES = {"lora": (1e-3, 2e-3, 5e-3), "full": (5e-5, 2e-4, 8e-4)}
 BETA, BATCH = 0.5, 16
 
@@ -65,7 +66,7 @@ def run(context: Context) -> list[Claim]:
             (work, made, what, mode, rates["chosen"])
             for number, made in enumerate(toys)
             for what, mode in [("focal", mode) for mode in measures.MODES]
-            + [(what, "attention") for what in ("random", "least_moved", "all", "full") if number < layered]
+            + [(what, "attention") for what in SETS[1:] if number < layered]
         ]
         runs = in_stages(context, "aligned", together, aligned, plan, size=2 * workers)
     stock = context.stage("stock-loss", lambda: measures.against_stock(context.seed % 2**31, 20))
@@ -102,19 +103,24 @@ def _real(context: Context) -> dict[str, Any]:
 
 
 def _rates(context: Context) -> dict[str, Any]:
-    """The loss of preferred answers by form and rate, and the rate of the least, on one decoder that nothing else is
-    measured on."""
-    (_, _, train, _), (steps, count) = TOY[context.size], ALIGN[context.size]
+    """The loss of preferred answers by what is trained and rate, and the rate of the least, on one decoder that nothing
+    else is measured on."""
+    (drifting, _, train, _), (steps, count) = TOY[context.size], ALIGN[context.size]
     seed = int(context.generator("rates").integers(2**31))
     base = toy.train(train, seed)
     pairs, held = (toy.draw_cases(count, np.random.default_rng([seed, place])) for place in (2, 5))
-    layers = {"lora": list(range(toy.LAYERS)), "full": None}
+    located = measures.focal(base, toy.draw_cases(drifting, np.random.default_rng([seed, 1])))
 
-    def loss(form: str, rate: float) -> float:
-        return measures.preferred_loss(base, layers[form], pairs, held, _settings("uniform", steps, rate, seed))
+    def loss(what: str, rate: float) -> float:
+        layers = _layers(located, what, seed)
+        return measures.preferred_loss(base, layers, pairs, held, _settings("uniform", steps, rate, seed))
 
-    losses = {form: {str(rate): loss(form, rate) for rate in rates} for form, rates in RATES.items()}
-    return {"losses": losses, "chosen": {form: float(min(some, key=some.__getitem__)) for form, some in losses.items()}}
+    losses = {what: {str(rate): loss(what, rate) for rate in RATES[_form(what)]} for what in SETS}
+    return {"losses": losses, "chosen": {what: float(min(some, key=some.__getitem__)) for what, some in losses.items()}}
+
+
+def _form(what: str) -> str:
+    return "full" if what == "full" else "lora"
 
 
 def _settings(mode: str, steps: int, rate: float, seed: int) -> method.AlignSettings:
@@ -151,7 +157,7 @@ def aligned(work: Work, made: dict[str, Any], what: str, mode: str, rates: dict[
         layers,
         toy.draw_cases(count, np.random.default_rng([seed, 2])),
         work.tests,
-        _settings(mode, steps, rates["full" if what == "full" else "lora"], seed),
+        _settings(mode, steps, rates[what], seed),
         heads=[(layer, head) for layer, head in located["heads"]],
         reward=_load(work, number, "reward") if mode == "reward" else None,
         curve=what == "focal",
