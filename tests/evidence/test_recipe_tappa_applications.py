@@ -132,7 +132,7 @@ def test_one_lucky_draw_of_layers_is_told_from_a_rule(tmp_path, odd, verdict):
         "loss": {name: {"3": [loss] * 6} for name, loss in losses.items()},
         "by beta": {"0.1": {"3": [1.9] * 6}},
         "attention only": {"3": 1.0},
-        "orders": {},
+        "orders": {"random_0": [1, 2, 3, 0], "random_1": [2, 0, 1, 3], "random_2": [0, 3, 2, 1], "influence": [0]},
         "influence": [0.9, 0.1, 0.2],
         "similarity": [0.7, 0.8, 0.75],
     }
@@ -141,6 +141,7 @@ def test_one_lucky_draw_of_layers_is_told_from_a_rule(tmp_path, odd, verdict):
     assert pruning.others["beta_0.1"].value == pytest.approx(-0.1)
     assert drawn.measured.value == pytest.approx((0.5 + 0.6 + odd - 2) / 3)
     assert "median influence is 0.125 of its own range" in pruning.notes
+    assert "first layer are number 2, 3." in drawn.notes
 
 
 def test_the_loss_without_layers_is_that_of_a_model_without_them():

@@ -146,8 +146,7 @@ def _pruning_claims(context: Context, found: dict[str, Any]) -> list[Claim]:
             measured=above(drawn.mean(0), loss["influence"]),
             criterion=CRITERIA["influence-against-random"],
             others={"over_draws": bootstrap((drawn - loss["influence"]).mean(1), generator=random, unit="nats")},
-            notes=f"{note} The mean of {len(drawn)} draws; `over_draws` takes the draw for what was drawn, not the "
-            "passage, and was added to the criterion before these draws were measured.",
+            notes=f"{note} {_draws_note(found, drawn - loss['influence'])}",
         ),
     ]
 
@@ -160,4 +159,17 @@ def _scale_note(found: dict[str, Any]) -> str:
         f"Similarities run from {similarity.min():.2f} to {similarity.max():.2f} and are scaled to all of 0 to 1, "
         f"while the median influence is {np.median(scaled):.3f} of its own range, which one layer sets: a β of {BETA} "
         "then outweighs what influence says of most layers."
+    )
+
+
+def _draws_note(found: dict[str, Any], rise: Any) -> str:
+    """What single draws of layers lose, and which of them took the first layer."""
+    most = max(int(n) for n in next(iter(found["loss"].values())))
+    orders = [order for name, order in found["orders"].items() if name.startswith("random")]
+    first = [number for number, order in enumerate(orders, 1) if 0 in order[:most]]
+    return (
+        f"The mean of {len(rise)} draws, which lose {', '.join(f'{x:.2f}' for x in rise.mean(1))} nats more than BI's "
+        f"layers; those that take the first layer are number {', '.join(map(str, first)) or 'none'}. `over_draws` "
+        "takes the draw for what was drawn, not the passage, and came into the criterion before five draws were "
+        "measured: one draw that loses far more than the others makes this interval wide."
     )

@@ -334,8 +334,7 @@ def _recall_claim(context: Context, found: dict[str, Any]) -> Claim:
         notes=f"Key-value recall of {found['tokens']:,} tokens with {found['budget']} kept per layer, exact match. The "
         "gate and a budget of a third of the prompt were set after trials in which less left no rule any recall. "
         f"Uniform budgets answer {int(sum(score['uniform']))} of {len(score['uniform'])}, dense attention "
-        f"{int(sum(score['dense']))}: the cut of the tokens, which all rules share, takes the answers, and leaves the "
-        "rules little to differ in."
+        f"{int(sum(score['dense']))}: what is lost first is lost to the choice of tokens, which the three rules share."
         if ran
         else "Not run at this size: it needs a trained model.",
     )
