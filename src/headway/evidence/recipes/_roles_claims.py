@@ -211,8 +211,8 @@ def toy_claims(
         "the conflicts at 2e-3 after 80 and 160 steps, and kept 0.79 and 0.92 of their answers in agreement. The rate "
         "is now the one under which preferred answers are likeliest on unseen pairs, of a decoder that nothing else is "
         "measured on, and steps and pairs are twice as many; the criteria stayed. A second record, with "
-        "one rate for all sets of layers, had 0.95 with all layers, 0.40 with focal ones and 0.96 with the least moved, "
-        "and lost 0.82 of the answers in agreement. Each set now has a rate of its own, chosen alike."
+        "one rate for all sets of layers, had 0.95 with all layers, 0.40 with focal ones and 0.96 with the least "
+        "moved, and lost 0.82 of the answers in agreement. Each set now has a rate of its own, chosen alike."
     )
     others = {
         "over_random": bootstrap_difference(
