@@ -29,6 +29,8 @@ from headway.statistics.randomness import generator_of
 #: Tokens and texts of a batch in each stage.
 STAGES = ((48, 24), (160, 12), (512, 4))
 TOKENS = STAGES[-1][0]
+#: Learning rates of the first dense stage, which starts from random weights, and of all others.
+START_RATE, RATE = 5e-3, 3e-3
 DEGREE = len(key_blocks(TOKENS - 1)) - 1
 #: A window of so many keys hands nothing on beyond this distance.
 WINDOW_REACH = LAYERS * (DEGREE - 1)
@@ -66,7 +68,8 @@ def long_recall(size: str, seed: int) -> dict[str, Any]:
 
 def _staged(model: nn.Module, method: Selector | None, steps: Sequence[int], data: torch.Generator) -> None:
     for (tokens, batch), count in zip(STAGES, steps, strict=True):
-        fine_tune(model, stream(data, batch, tokens), method, steps=count, learning_rate=3e-3 if method else 5e-3)
+        rate = START_RATE if method is None and tokens == STAGES[0][0] else RATE
+        fine_tune(model, stream(data, batch, tokens), method, steps=count, learning_rate=rate)
 
 
 def long_reach(name: str) -> Bool[Tensor, "rows tokens"]:
