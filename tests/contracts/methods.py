@@ -56,6 +56,12 @@ def host(name: str) -> nn.Module:
     return tiny_host(options.pop("architecture"), max_position_embeddings=2 * TOKENS, **options)[0]
 
 
+@cache
+def exact(name: str) -> nn.Module:
+    """The same in float64, in which rounding cannot decide between two keys that a method ranks nearly alike."""
+    return fresh(name).double()
+
+
 def fresh(name: str) -> nn.Module:
     """A host of its own, for tests that leave marks."""
     return host.__wrapped__(name)

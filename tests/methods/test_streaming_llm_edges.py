@@ -179,11 +179,11 @@ def test_frequencies_that_change_with_the_length_are_refused(kind):
 
 
 def test_hosts_that_cannot_stream_are_refused_without_a_cache_too():
-    for model, policy, message in (
-        (CAUSAL["gpt2"](), small(), "without rotary positions"),
-        (decoder("Llama"), StreamingLLM(), "no more than the 128 positions"),
+    for model, policy, error, message in (
+        (CAUSAL["gpt2"](), small(), HostError, "without rotary positions"),
+        (decoder("Llama"), StreamingLLM(), ArgumentError, "no more than the 128 positions"),
     ):
-        with headway.use(model, policy), torch.no_grad(), pytest.raises(HostError, match=message):
+        with headway.use(model, policy), torch.no_grad(), pytest.raises(error, match=message):
             model(input_ids=contract.tokens(1, 12), use_cache=False)
     for (model, inputs), message in ((whisper(), "sees the future"), (bert(), "sees the future")):
         inputs = inputs | {"use_cache": False}

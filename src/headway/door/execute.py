@@ -216,7 +216,7 @@ def execute_parts(
         else:
             index = slice(None) if at is None else torch.tensor(at, device=output.device)
             span = slice(None) if rows is None else slice(*rows)
-            output[:, index, span], lse[:, index, span] = merged.to(output.dtype), total
+            output[:, index, span], lse[:, index, span] = merged.to(output.dtype), total.to(lse.dtype)
     read = [0] * heads
     for (at, _), members in groups.items():
         pairs = sum(part.keys * part.queries for part in members)
