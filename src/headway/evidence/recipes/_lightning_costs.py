@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from headway.evidence.recipe import Context
-from headway.evidence.timing import keep_freed_memory
+from headway.evidence.timing import milliseconds
 from headway.kernels.scan import causal_scan
 from headway.kernels.slopes import head_slopes
 from headway.methods.layers.lightning import tnl_fields
@@ -155,18 +154,3 @@ def small_model(name: str, *, width: int, layers: int) -> HeadwayForCausalLM:
         vocab_size=256, layers=layers, heads=HEADS, width=width, mixer="softmax", tie=False, mlp="swiglu"
     )
     return HeadwayForCausalLM(config)
-
-
-def milliseconds(context: Context, calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Milliseconds of every call, `repeats` times, in turn so that drift of the machine hits all alike, in the
-    steady state of the allocator."""
-    keep_freed_memory()
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    for _ in context.track(range(repeats), "repeats"):
-        for call, found in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            found.append(1000 * (time.perf_counter() - start))
-    return times

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import Criterion
 from headway.evidence.recipe import Context
-from headway.evidence.recipes._lightning_costs import milliseconds
+from headway.evidence.timing import milliseconds
 from headway.kernels.block_sparse import block_sparse_attention
 from headway.methods.long_context.power_attention import power_mask
 from headway.statistics import bootstrap_ratio

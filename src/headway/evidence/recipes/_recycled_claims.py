@@ -16,6 +16,11 @@ from headway.evidence.recipes._recycled_toys import PLANTED_STRIDES, SPELLING, T
 from headway.methods.long_context.recycled_attention import ideal_speedup
 from headway.statistics import Measurement, bootstrap, bootstrap_difference, bootstrap_ratio
 
+#: What the paper reports of chains of keys.
+CHAIN_PAPER = PaperValue(
+    "25 against 12 and 10; dense 56", "chain of keys, later version; RefreshKV, SnapKV, H2O", "table"
+)
+
 
 def drift_claim(context: Context, drift: dict[str, list[float]], criterion: Criterion) -> Claim:
     means = [float(np.mean(drift[str(stride)])) for stride in PLANTED_STRIDES]
@@ -61,9 +66,7 @@ def chain_claim(context: Context, chain: dict[str, list[list[bool]]], criterion:
         id="chain-of-keys",
         statement="Where each answer names the next question, a choice made once fails behind the first hop and a "
         "renewed one follows.",
-        paper=PaperValue(
-            "25 against 12 and 10; dense 56", "chain of keys, later version; RefreshKV, SnapKV, H2O", "table"
-        ),
+        paper=CHAIN_PAPER,
         measured=share("4"),
         criterion=criterion,
         others={
@@ -88,7 +91,7 @@ def hops_claim(context: Context, chain: dict[str, list[list[bool]]], criterion: 
     return Claim(
         id="chain-by-length",
         statement="However long the chain, a renewed choice names its next link; one choice knows the first alone.",
-        paper=PaperValue("25 against 12 and 10; dense 56", "chain of keys, later version", "table"),
+        paper=CHAIN_PAPER,
         measured=share("last", right["4"][:, -1]),
         criterion=criterion,
         others={
@@ -112,9 +115,7 @@ def trained_chain_claim(context: Context, toys: Sequence[dict[str, list[list[boo
         id="trained-chain",
         statement="A decoder that was trained to follow chains of names follows them with a renewed choice of keys, "
         "and not with one choice or a window.",
-        paper=PaperValue(
-            "25 against 12 and 10; dense 56", "chain of keys, later version; RefreshKV, SnapKV, H2O", "table"
-        ),
+        paper=CHAIN_PAPER,
         measured=share("4"),
         criterion=criterion,
         others={
