@@ -159,6 +159,17 @@ def test_a_model_in_training_is_read_in_evaluation_and_given_back():
     assert model.training
 
 
+def test_a_module_that_its_owner_keeps_in_evaluation_stays_there():
+    """As of a frozen part of a model in training."""
+    model = decoder("Llama")
+    with HostRows(model) as rows:
+        model.train()
+        model.model.layers[1].eval()
+        modes = [module.training for module in model.modules()]
+        rows(list(range(5, 30)), 20, 25)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_the_last_layer_is_the_last_that_sees_everything():
     model, _ = tiny_host("gemma3_text", max_position_embeddings=256)
     kinds = model.config.layer_types
@@ -367,6 +378,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
             find(text, question, settings, checkpoint=file)
 
 
+def test_a_checkpoint_that_another_model_made_is_refused(tmp_path):
+    """Its kept sentences are what that model attended to, and go with its tokenizer as well as with this one's."""
+    hidden, file = planted(seed=9), tmp_path / "run.json"
+    other = planted_host(positions=256, seed=1)[0]
+    find(hidden.text, hidden.question, checkpoint=file)
+    with pytest.raises(ArgumentError, match=r"run\.json, which belongs to another model \(weights: other numbers\)"):
+        find(hidden.text, hidden.question, checkpoint=file, model=other)
+    assert find(hidden.text, hidden.question, checkpoint=file).kept
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "{broken"])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     file = tmp_path / "run.json"
@@ -527,7 +548,7 @@ def test_assisted_decoding_gives_the_greedy_answer(guesses):
     assert max(count.lengths) < 256 < ids.shape[1]
 
 
-@pytest.mark.parametrize("by", ["keyword", "config"])
+@pytest.mark.parametrize("by", ["keyword", "config", "position"])
 def test_total_lengths_count_the_whole_prompt(by):
     hidden = planted()
     ids = prompt_of(hidden)
@@ -536,10 +557,36 @@ def test_total_lengths_count_the_whole_prompt(by):
     options = {"do_sample": False, "pad_token_id": 0, **total} if by == "keyword" else {"generation_config": config}
     given = dict(options)
     with headway.use(MODEL, driver(hidden)):
-        out = MODEL.generate(ids, **options)
+        out = MODEL.generate(ids, config) if by == "position" else MODEL.generate(ids, **options)
     assert out.shape[1] == ids.shape[1] + 3
     assert options == given
-    assert config.max_length == ids.shape[1] + 3
+    assert (config.max_length, config.max_new_tokens) == (ids.shape[1] + 3, None)
+
+
+@pytest.mark.parametrize("beyond", [3, -400])
+def test_a_models_own_total_length_counts_the_whole_prompt_unless_that_is_longer(beyond, monkeypatch):
+    """A prompt longer than the model's own limit is what the method is for: then the limit is that of the answer."""
+    hidden, found = planted(), []
+    ids = prompt_of(hidden)
+    monkeypatch.setattr(MODEL.generation_config, "max_length", ids.shape[1] + beyond)
+    with headway.use(MODEL, driver(hidden, found=found)):
+        out = MODEL.generate(ids, do_sample=False, pad_token_id=0, eos_token_id=None)
+    counted = ids.shape[1] if beyond > 0 else len(found[0].prompt_ids)
+    assert out.shape[1] - ids.shape[1] == ids.shape[1] + beyond - counted > 0
+
+
+def test_room_is_left_for_the_answer_that_a_config_allows():
+    """Kept text, question and answer stay within the model's positions, whoever says how long the answer may be."""
+    hidden = planted(tokens=1000, seed=11)
+    ids = prompt_of(hidden)
+    length = {"max_new_tokens": 150, "min_new_tokens": 150}
+    config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=None, **length)
+    for options in ({"generation_config": config}, {"do_sample": False, "pad_token_id": 0, **length}):
+        found = []
+        with headway.use(MODEL, driver(hidden, budget=None, topk=None, found=found)):
+            out = MODEL.generate(ids, **options)
+        assert out.shape[1] == ids.shape[1] + 150
+        assert 80 < len(found[0].prompt_ids) <= 256 - 150
 
 
 def test_the_last_paragraph_asks_when_a_tokenizer_can_tell_it():

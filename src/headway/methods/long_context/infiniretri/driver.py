@@ -8,6 +8,7 @@ The driver works on the prompt's own tokens: what is generated from is a subsequ
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,15 +71,15 @@ class InfiniRetri(Settings, Driver):
         """The host's own output, whose sequences begin with the whole prompt. Scores, attentions and hidden states in
         it are those of the shorter one. A batch is read row by row and answered as one. Assisted decoding guesses and
         checks on the shorter prompt, and gives the greedy answer."""
-        ids, rest = _prompt(args, kwargs)
+        named = _named(model, args) | kwargs
+        ids = _prompt(named)
         if self.share == 1 or ids is None:
             return generate(*args, **kwargs)
-        _refuse(model, kwargs)
-        mask = kwargs.get("attention_mask")
+        _refuse(model, named)
+        mask = named.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         rows = [row[seen].tolist() for row, seen in zip(ids, real, strict=True)]
-        options = _lengths(model, kwargs, ids.shape[1])
-        answer = options.get("max_new_tokens") or ANSWER
+        options, answer = _lengths(model, named, ids.shape[1])
         found = [self.read(model, row, answer=answer) for row in rows]
         if all(item is None for item in found):
             return generate(*args, **kwargs)
@@ -89,7 +90,7 @@ class InfiniRetri(Settings, Driver):
         options |= {"attention_mask": shorter_mask}
         if options.get("streamer") is not None:
             options["streamer"] = _WholePrompt(options["streamer"], ids)
-        out = generate(shorter, *rest, **options)
+        out = generate(shorter, **options)
         return _with_whole_prompt(out, ids, shorter.shape[1])
 
     def read(self, model: nn.Module, ids: Sequence[int], *, answer: int = ANSWER) -> Retrieval | None:
@@ -190,18 +191,24 @@ class _WholePrompt:
         self.streamer.end()
 
 
-def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """The prompt's tokens and the other positional arguments."""
-    given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments of `generate` by the names that the host gives them; the first is the prompt."""
+    host: Any = type(model)
+    return dict(zip(["inputs", *[*inspect.signature(host.generate).parameters][2:]], args, strict=False))
+
+
+def _prompt(named: dict[str, Any]) -> Tensor | None:
+    """The prompt's tokens; None where there are none."""
+    given = named.get("inputs")
     if given is None:
-        given = kwargs.get("input_ids")
-    if kwargs.get("inputs_embeds") is not None:
+        given = named.get("input_ids")
+    if named.get("inputs_embeds") is not None:
         raise ArgumentError("inputs_embeds: got embeddings, expected input_ids: InfiniRetri keeps sentences of tokens.")
     if isinstance(given, Tensor) and (given.ndim != 2 or given.is_floating_point()):
         raise ArgumentError(
             f"inputs: got {given.dtype} of shape {tuple(given.shape)}, expected tokens (batch, tokens)."
         )
-    return given if isinstance(given, Tensor) and given.shape[1] else None, args[1:]
+    return given if isinstance(given, Tensor) and given.shape[1] else None
 
 
 def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -222,28 +229,28 @@ def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
             raise ArgumentError(f"{name}: got one for the whole prompt, expected none: the answer has a shorter one.")
 
 
-def _lengths(model: nn.Module, kwargs: dict[str, Any], prompt: int) -> dict[str, Any]:
-    """The options for the shorter prompt: total lengths, which count the prompt, become counts of new tokens."""
-    options = {k: v for k, v in kwargs.items() if k not in ("inputs", "input_ids", "attention_mask")}
-    config = options.get("generation_config")
-    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        given = options.pop(total, None)
-        if given is None and config is not None and getattr(config, new, None) is None:
-            given = getattr(config, total, None)
-            if given:
-                config = copy.deepcopy(config)
-                setattr(config, total, None)
-        if given is not None and options.get(new) is None:
-            options[new] = max(int(given) - prompt, 1 if new == "max_new_tokens" else 0)
+def _lengths(model: nn.Module, named: dict[str, Any], prompt: int) -> tuple[dict[str, Any], int]:
+    """The options for the shorter prompt, and the most tokens of an answer: total lengths, which count the prompt,
+    become counts of new tokens. The caller's config is not touched."""
+    options = {k: v for k, v in named.items() if k not in ("inputs", "input_ids", "attention_mask")}
+    own: Any = getattr(model, "generation_config", None)
+    config: Any = options.get("generation_config")
     if config is not None:
-        options["generation_config"] = config
-        options.setdefault("max_new_tokens", getattr(config, "max_new_tokens", None))
-    if options.get("max_new_tokens") is None:
-        own = getattr(getattr(model, "generation_config", None), "max_new_tokens", None)
-        options.pop("max_new_tokens", None)
-        if own is not None:
-            options["max_new_tokens"] = own
-    return options
+        config = options["generation_config"] = copy.deepcopy(config)
+    for total, new, least in (("max_length", "max_new_tokens", 1), ("min_length", "min_new_tokens", 0)):
+        given = options.pop(total, None)
+        if given is not None and options.get(new) is None:
+            options[new] = max(int(given) - prompt, least)
+        elif config is not None and getattr(config, new, None) is None and getattr(config, total, None):
+            setattr(config, new, max(int(getattr(config, total)) - prompt, least))
+            setattr(config, total, None)
+    counts = [options.get("max_new_tokens"), *(getattr(held, "max_new_tokens", None) for held in (config, own))]
+    found = next((count for count in counts if count), None)
+    longest = getattr(own, "max_length", None) or 0
+    if found is None and longest > prompt:
+        # The model's own limit. A prompt beyond it is one that the plain model would refuse: there it is no measure.
+        found = options["max_new_tokens"] = longest - prompt
+    return options, found or ANSWER
 
 
 def _batch(prompts: Sequence[Sequence[int]], like: Tensor) -> tuple[Int[Tensor, "batch tokens"], Tensor]:

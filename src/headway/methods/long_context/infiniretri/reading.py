@@ -20,6 +20,7 @@ from torch import nn
 
 from headway.errors import ArgumentError
 from headway.files import write_atomically
+from headway.hosts.fingerprint import Fingerprint, fingerprint
 from headway.methods.long_context.infiniretri.rows import HostRows
 from headway.methods.long_context.infiniretri.scan import Frame, Pass, Retrieval, Scan
 from headway.methods.long_context.infiniretri.sentences import Sentence, pack, sentences_of_text
@@ -96,7 +97,7 @@ def retrieve(
     Only the kept sentences, one chunk and a short record per pass are held. `max_new_tokens` is room left for an
     answer. `progress` is called after every pass. `checkpoint` is a file that holds the state after every pass: a run
     that was interrupted goes on from there when it is given the same text again, and raises ArgumentError when it is
-    given another text, question or setting.
+    given another model, text, question or setting.
 
     Sizes are checked before anything runs: a pass or an answer never exceeds the model's positions."""
     settings = Settings() if settings is None else settings
@@ -116,7 +117,7 @@ def retrieve(
         model, layer=settings.layer, heads=settings.heads, reach=reach, early_stop=settings.early_stop
     ) as rows:
         scan = Scan(settings=settings, frame=frame, attend=rows, budget=budget, limit=limit)
-        record = None if checkpoint is None else _Checkpoint(Path(checkpoint), scan)
+        record = None if checkpoint is None else _Checkpoint(Path(checkpoint), scan, fingerprint(model))
         for chunk in pack(sentences, settings.window):
             if record is not None and record.has(chunk):
                 continue
@@ -164,10 +165,10 @@ def answer(
 
 
 class _Checkpoint:
-    """The state of a scan in a file, and the digest of the text that it has read."""
+    """The state of a scan in a file, the model that read, and the digest of the text that it has read."""
 
-    def __init__(self, path: Path, scan: Scan) -> None:
-        self.path, self.scan = path, scan
+    def __init__(self, path: Path, scan: Scan, model: Fingerprint) -> None:
+        self.path, self.scan, self.model = path, scan, model
         self.run = hashlib.sha256(f"{scan.settings!r} {scan.frame!r} {scan.budget}".encode()).hexdigest()
         self.digest = hashlib.sha256()
         self.skip = self.skipped = 0
@@ -176,10 +177,13 @@ class _Checkpoint:
             try:
                 state = json.loads(path.read_text(encoding="utf-8"))
                 run, stored, self.expected = state["run"], state["scan"], state["digest"]
+                other = Fingerprint.from_dict(state["model"]).differences(model)
             except (ValueError, KeyError, TypeError) as error:
                 raise self._other(f"no run at all ({type(error).__name__})") from error
             if run != self.run:
                 raise self._other("other settings or another question")
+            if other:
+                raise self._other(f"another model ({'; '.join(other)})")
             scan.restore(stored)
             self.skip = len(scan.passes)
 
@@ -195,7 +199,12 @@ class _Checkpoint:
         return True
 
     def write(self, chunk: list[Sentence]) -> None:
-        state = {"run": self.run, "digest": self.digest.hexdigest(), "scan": self.scan.state()}
+        state = {
+            "run": self.run,
+            "model": self.model.to_dict(),
+            "digest": self.digest.hexdigest(),
+            "scan": self.scan.state(),
+        }
         write_atomically(self.path, json.dumps(state))
         self.skip = self.skipped = len(self.scan.passes)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,7 @@ from headway.door.attach import Handle
 from headway.door.attach import observe as attach
 from headway.door.call import AttentionCall, Site
 from headway.door.capture import check_head_indices, pick_heads
+from headway.door.evaluating import evaluating
 from headway.door.stages import Observer
 from headway.errors import ArgumentError, HostError, unknown
 
@@ -98,14 +100,8 @@ class HostRows:
     def __call__(self, ids: Sequence[int], first: int, last: int) -> Float[Tensor, "rows tokens"]:
         self.observer.expect(first, last)
         device = next(self.model.parameters()).device
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model), suppress(_EnoughError):
             self.model(input_ids=torch.tensor([list(ids)], device=device), **self._inputs)
-        except _EnoughError:
-            pass
-        finally:
-            self.model.train(training)
         self.passes += 1
         self.tokens += len(ids)
         return self.observer.result()
