@@ -197,6 +197,23 @@ def check_static_cache(model: nn.Module, make: MakePolicy) -> None:
         assert static.tolist() == plain.tolist(), pads
 
 
+def check_refuses_gaps(model: nn.Module, make: MakePolicy) -> None:
+    """A batch padded on the right is read as its rows are alone; to go on behind its pads is refused, for they would
+    count among a row's last tokens."""
+    ids, mask, count = tokens(2, 18), torch.ones(2, 18, dtype=torch.long), 11
+    mask[1, count:] = 0
+    step, longer = tokens(2, 1, seed=5), torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    with headway.use(model, make()), torch.no_grad():
+        alone = model(input_ids=ids[1:, :count], use_cache=True).logits
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        torch.testing.assert_close(out.logits[1, :count], alone[0], atol=1e-4, rtol=0)
+        message = "attention_mask: got a token at column 18 of row 1 behind padding .* Pad on the left"
+        with pytest.raises(ArgumentError, match=message):
+            model(input_ids=step, attention_mask=longer, past_key_values=out.past_key_values)
+        with pytest.raises(ArgumentError, match=message):
+            model(input_ids=torch.cat([ids, step], 1), attention_mask=longer, use_cache=False)
+
+
 def check_refuses_free_masks(model: nn.Module, make: MakePolicy) -> None:
     """A mask of pairs that hides more than padding and the future would stand over the wrong keys."""
     free = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
@@ -241,6 +258,7 @@ def check_whole_model_only(model: nn.Module, make: MakePolicy) -> None:
 ONCE = [
     check_refuses_assisted_decoding,
     check_static_cache,
+    check_refuses_gaps,
     check_refuses_free_masks,
     check_refuses_blind_editors,
     check_whole_model_only,

@@ -184,6 +184,38 @@ def test_layers_with_a_gap_are_listed():
         headway.use(CAUSAL["llama"](), ACT(heads=[(1, 0)]), layers=[0, 2]).attach()
 
 
+@pytest.mark.parametrize("scope", ["prompt", "causal"])
+def test_a_host_in_double_precision_is_what_it_is_in_single(scope):
+    """With some heads of a layer named, the others run the fused kernel, whose log-sum-exp is single."""
+    ids, act = contract.tokens(2, 24), ACT(heads=[(0, 1), (2, 0), (2, 3)], scope=scope, **LOW)
+    found = []
+    for model in (CAUSAL["llama"](), CAUSAL["llama"]().double()):
+        with headway.use(model, act):
+            found.append(contract.run_in_chunks(model, ids, [20, 1, 1, 1, 1]))
+    assert found[1].dtype == torch.float64
+    torch.testing.assert_close(found[0].double(), found[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [(5, 3), 5, [(1,)], [(1, 2, 3)], [None]], ids=repr)
+def test_heads_that_are_no_pairs_are_named(heads):
+    with pytest.raises(ArgumentError, match=r"heads: got .* among them, expected \(layer, head\) pairs"):
+        ACT(heads=heads)
+
+
+@pytest.mark.parametrize("name", ["protect", "candidates"])
+def test_places_that_are_no_positions_are_named(name):
+    """A position counted from the end would be a column of padding."""
+    for places, message in (
+        (3, "got 3, expected positions counted from a row's first token"),
+        ("04", "got '04', expected positions"),
+        ((4, -1), "got -1, expected a whole number of at least 0"),
+        ((0.5,), "got 0.5, expected a whole number"),
+    ):
+        with pytest.raises(ArgumentError, match=f"{name}: {message}"):
+            ACT(heads=[(0, 1)], **{name: places})
+    assert getattr(ACT(heads=[(0, 1)], **{name: range(2)}), name) == (0, 1)
+
+
 def test_assisted_decoding_is_refused_and_a_static_cache_works():
     model = CAUSAL["llama"]()
     contract.check_refuses_assisted_decoding(model, lambda: causal())

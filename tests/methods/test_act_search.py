@@ -99,6 +99,8 @@ def test_bad_searches_are_named():
         search_heads(score, [(0, 0), (0, 0)])
     with pytest.raises(ArgumentError, match="top_k: got 0"):
         search_heads(score, [(0, 0)], top_k=0)
+    with pytest.raises(ArgumentError, match=r"top_k: got 1\.5, expected a whole number"):
+        search_heads(score, [(0, 0)], top_k=1.5)
     with pytest.raises(ArgumentError, match="at least one with items"):
         search_heads(lambda stage: {}, [(0, 0)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -200,6 +201,16 @@ def test_an_interrupted_run_goes_on_where_it_stood(tmp_path):
     assert not path.exists()
 
 
+def test_a_file_that_is_no_run_is_neither_read_nor_removed(tmp_path):
+    """The gates that an earlier run saved, say."""
+    model, path = decoder("Llama"), tmp_path / "gates.json"
+    Gates.of(model, torch.rand(3, 2)).save(path)
+    before = path.read_text()
+    with pytest.raises(ArgumentError, match=r"keep: got .*gates\.json, which is no run of learn_gates"):
+        learn_gates(model, lambda step: sample(), steps=1, keep=path)
+    assert path.read_text() == before
+
+
 def test_planted_retrieval_heads_get_the_highest_gates():
     from headway.evidence.recipes import _planted_retrieval as planted
 
@@ -264,6 +275,40 @@ def test_samples_have_their_length_and_are_the_same_again():
     assert starts <= {6, 7}
     assert torch.equal(data()(3).ids, made[3].ids)
     assert not torch.equal(data(seed=1)(3).ids, made[3].ids)
+
+
+class Opened(Characters):
+    """The same with a token in front of every text."""
+
+    bos_token_id = 3
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        return {"input_ids": [3] * add_special_tokens + super().__call__(text)["input_ids"]}
+
+
+def test_the_opening_token_counts_in_the_multiple_and_stands_once():
+    for step in range(4):
+        ids = data(tokenizer=Opened())(step).ids[0]
+        assert ids.numel() % 16 == 0
+        assert (ids == 3).nonzero()[:, 0].tolist() == [0]
+
+
+def test_depths_differ_are_in_order_and_cover_the_range():
+    """Where keys stand among the haystack alone, as shares of it: three different ones per sample, 0.05 to 0.95."""
+    found = []
+    for step in range(60):
+        made = data()(step)
+        text = Characters().decode(made.ids[0, : int(made.supervised.nonzero()[0])].tolist())
+        needles = re.findall(r"\nRemember this\. The \w+ pass-key is: [^.]*\.\n", text)
+        room = len(text) - sum(map(len, needles))
+        places = [text.index(needle) - sum(map(len, needles[:i])) for i, needle in enumerate(needles)]
+        assert len(needles) == 3
+        assert places == sorted(places)
+        found += [place / room for place in places]
+    assert min(found) >= 0.04
+    assert max(found) <= 0.96
+    assert min(found) < 0.1
+    assert max(found) > 0.9
 
 
 def test_supervised_rows_are_the_suffix_or_those_that_predict_answers():

@@ -212,9 +212,29 @@ def test_a_zero_sink_streams_along():
         assert not torch.allclose(contract.run_in_chunks(model, ids, [17, 23]), chunk, atol=1e-2)
 
 
-def test_room_for_less_than_nothing_is_named():
+def test_room_and_places_that_cannot_be_are_named_and_an_empty_cache_holds_nothing():
+    """A sink that has not come stands at −1 in the store; no token is there."""
     model = decoder("Llama", num_hidden_layers=1)
-    with headway.use(model, small()), torch.no_grad():
-        cache = model(input_ids=contract.tokens(1, 9), use_cache=True).past_key_values
-    with pytest.raises(ArgumentError, match="tokens: got -1"):
-        cache.evict_for_space(-1)
+    assert not small().make_cache(model).contains(0)
+    with headway.use(model, small(sinks=4)), torch.no_grad():
+        cache = model(input_ids=contract.tokens(1, 2), use_cache=True).past_key_values
+    assert [cache.contains(place) for place in range(4)] == [True, True, False, False]
+    for call, message in (
+        (lambda: cache.evict_for_space(-1), "tokens: got -1"),
+        (lambda: cache.evict_for_space(1.5), "tokens: got 1.5"),
+        (lambda: cache.contains(-1), "position: got -1"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            call()
+
+
+def test_a_row_whose_tokens_begin_in_a_later_chunk_is_that_row_alone():
+    """Its first chunks are padding; its sinks are its own first tokens all the same, also with a step between."""
+    model = decoder("Llama")
+    ids, mask = contract.padded_left(contract.tokens(2, 40), [0, 13])
+    chunks = [6, 1, 5, 9] + [1] * 19
+    with headway.use(model, small(rebase_at=20)):
+        both = contract.run_in_chunks(model, ids, chunks, mask)
+        for row, rest in ((0, chunks), (1, [8] + [1] * 19)):
+            alone = contract.run_in_chunks(model, ids[row : row + 1, 40 - sum(rest) :], rest)
+            torch.testing.assert_close(both[row, 40 - sum(rest) :], alone[0], atol=2e-4, rtol=0)

@@ -412,8 +412,9 @@ class TestPruning:
         assert adjusted_influence(torch.ones(3), torch.ones(3), beta=0.5).tolist() == [0.5, 0.5, 0.5]
 
     def test_bad_measures_are_named(self):
-        with pytest.raises(ArgumentError, match="beta: got -1"):
-            prune_order(torch.ones(3), torch.ones(3), beta=-1)
+        for beta in (-1, float("nan")):
+            with pytest.raises(ArgumentError, match=f"beta: got {beta}"):
+                prune_order(torch.ones(3), torch.ones(3), beta=beta)
         with pytest.raises(ArgumentError, match="influence, similarity: got shapes"):
             prune_order(torch.ones(3), torch.ones(2))
         with pytest.raises(ArgumentError, match="NaN"):
@@ -442,6 +443,23 @@ class TestPruning:
         assert sorted(found.order()) == [0, 1, 2]
         with pytest.raises(ArgumentError, match="chunks: got none"):
             measure_layers(model, [])
+
+    @pytest.mark.parametrize(("name", "projection"), [("phi3", "qkv_proj"), ("gpt2", "c_attn")])
+    def test_hosts_with_one_projection_for_all_are_measured_by_their_queries(self, name, projection):
+        """Queries stand first in both; GPT-2 turns none, so its queries are measured as they are."""
+        model, inputs = tiny_host(name)
+        raw = []
+        modules = [m for path, m in model.named_modules() if path.endswith(projection)]
+        found = measure_layers(model, [inputs["input_ids"]])
+        hooks = [m.register_forward_hook(lambda m, args, out: raw.append(out)) for m in modules]
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        heads, width = model.config.num_attention_heads, model.config.hidden_size
+        for layer, out in enumerate(raw):
+            query = out[..., :width].unflatten(-1, (heads, -1)).transpose(1, 2)
+            assert float(found.similarity[layer]) == pytest.approx(float(query_similarity(query).mean()), abs=1e-4)
 
     def test_chunks_cover_a_text(self):
         ids = torch.arange(20)[None]

@@ -247,7 +247,7 @@ def _attend(call: AttentionCall, editors: Sequence[Editor]) -> tuple[Tensor, Ten
         if named:
             some, some_lse = _attend(over_heads(call, named), editors)
             index = torch.tensor(named, device=output.device)
-            output, lse = output.index_copy(1, index, some), lse.index_copy(1, index, some_lse)
+            output, lse = output.index_copy(1, index, some), lse.index_copy(1, index, some_lse.to(lse.dtype))
         return output, lse
 
     def edit(weights: Tensor, rows: Tensor) -> Tensor:

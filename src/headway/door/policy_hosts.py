@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from headway.door.call import AttentionCall
@@ -49,7 +50,18 @@ def require_plain_decoder(model: nn.Module) -> None:
 
 def require_one_sequence_per_row(position_ids: Any, attention_mask: Any) -> None:
     """Raises ArgumentError for positions that start again within a row: packed sequences, which see each other in a
-    policy's cache."""
+    policy's cache. The same for a token behind padding that stands behind tokens, as when a batch that was padded on
+    the right goes on: policies count a row's last tokens by columns, so pads would take their places."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and not bool(attention_mask.all()):
+        real = attention_mask.bool()
+        starts = real & ~pad(real, (1, -1))
+        again = starts & (starts.cumsum(1) > 1)
+        if bool(again.any()):
+            row, column = again.nonzero()[0].tolist()
+            raise ArgumentError(
+                f"attention_mask: got a token at column {column} of row {row} behind padding that stands behind "
+                "tokens, expected padding in front of a row's tokens alone, or behind them all. Pad on the left."
+            )
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
         return
     back = position_ids.diff(dim=1) < 0

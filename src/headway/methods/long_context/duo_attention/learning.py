@@ -191,15 +191,20 @@ class _Progress:
     ) -> _Progress:
         if path is None or not Path(path).exists():
             return cls(settings, torch.ones(shape))
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        alpha = torch.tensor(data["alpha"])
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            alpha, moments = torch.tensor(data["alpha"]), [torch.tensor(x) for x in data["moments"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(
+                f"keep: got {path}, which is no run of learn_gates ({error!r}); expected a file that it wrote, or a "
+                "name that is free. Name another file."
+            ) from None
         if data["settings"] != settings or tuple(alpha.shape) != shape:
             raise ArgumentError(
                 f"keep: got {path}, a run with {data['settings']} on gates {tuple(alpha.shape)}; expected {settings} "
                 f"on {shape}. Name another file, or remove this one."
             )
         check_fingerprint(Fingerprint.from_dict(data["made_on"]), model, f"keep ({path})")
-        moments = [torch.tensor(x) for x in data["moments"]]
         return cls(settings, alpha, data["step"], moments, data["distill"], data["penalty"])
 
     def restore(self, optimiser: torch.optim.Optimizer, alpha: Tensor) -> None:

@@ -25,7 +25,7 @@ from headway.door.blocks import host_blocks, recorded_inputs
 from headway.door.call import AttentionCall
 from headway.door.rotary import site_frequencies
 from headway.door.stages import Observer
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, is_number
 from headway.kernels.rope import Layout
 from headway.methods.long_context.tappa.similarity import Pairs, query_similarity
 
@@ -63,8 +63,8 @@ def adjusted_influence(
             f"influence, similarity: got shapes {tuple(influence.shape)} and {tuple(similarity.shape)}, expected one "
             "number per layer in both."
         )
-    if beta < 0:
-        raise ArgumentError(f"beta: got {beta}, expected 0 or more; 0 leaves similarity out.")
+    if not (is_number(beta) and beta >= 0):
+        raise ArgumentError(f"beta: got {beta!r}, expected 0 or more; 0 leaves similarity out.")
     if not bool(torch.isfinite(influence).all() and torch.isfinite(similarity).all()):
         raise ArgumentError("influence, similarity: got NaN or infinity, expected finite numbers. Check the text.")
     return _scaled(influence) + beta * (1 - _scaled(similarity))

@@ -29,10 +29,10 @@ def redistribute(
 ) -> Float[Tensor, "*rest rows keys"]:
     """The calibrated weights. `sinks` may be one set for all rows or one for each."""
     check_beta(beta)
-    total = weights.sum(-1, keepdim=True)
     on_sinks = torch.where(sinks, weights, 0.0).sum(-1, keepdim=True)
-    rest = total - on_sinks
-    movable = rest > LEAST_REST * total
+    # Summed, not taken from the total: beside a sink that has nearly all, a difference would be rounding alone.
+    rest = torch.where(sinks, 0.0, weights).sum(-1, keepdim=True)
+    movable = rest > LEAST_REST * (on_sinks + rest)
     raised = 1 + (1 - beta) * on_sinks / rest.masked_fill(~movable, 1.0)
     changed = torch.where(sinks, beta * weights, weights * raised)
     return torch.where(movable & (on_sinks > 0), changed, weights)

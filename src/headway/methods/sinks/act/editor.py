@@ -74,11 +74,9 @@ class ACT(Editor):
         if self.initial not in INITIAL:
             raise unknown("initial", self.initial, INITIAL)
         check_whole("least_rows", self.least_rows, 1)
-        for pair in self.heads:
-            for name, number in zip(("layer", "head"), pair, strict=True):
-                check_whole(name, number, 0)
-        heads = tuple(sorted({(int(layer), int(head)) for layer, head in self.heads}))
-        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "heads", tuple(sorted({_checked_pair(pair) for pair in _listed(self.heads)})))
+        for name in ("protect", "candidates"):
+            object.__setattr__(self, name, _checked_places(name, getattr(self, name)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ACT:
         """Itself: a copied cache keeps what this stage learned."""
@@ -244,6 +242,37 @@ class _Tally:
             allowed=allowed if count.ndim == 3 else allowed[:, :, None],
         )  # fmt: skip
         return without_first_flagged(found) if act.initial == "first_flagged" else found
+
+
+def _listed(heads: Any) -> list[Any]:
+    return list(heads) if isinstance(heads, Iterable) else [heads]
+
+
+def _checked_pair(pair: Any) -> Head:
+    try:
+        layer, head = pair
+    except (TypeError, ValueError):
+        raise ArgumentError(
+            f"heads: got {pair!r} among them, expected (layer, head) pairs. Pass heads=[(5, 3)], say."
+        ) from None
+    check_whole("layer", layer, 0)
+    check_whole("head", head, 0)
+    return int(layer), int(head)
+
+
+def _checked_places(name: str, places: Any) -> Any:
+    """Positions as a tuple; a mask, whose shape is that of a forward, as it is."""
+    if places is None or isinstance(places, Tensor):
+        return places
+    if not isinstance(places, Iterable) or isinstance(places, str):
+        raise ArgumentError(
+            f"{name}: got {places!r}, expected positions counted from a row's first token, or a bool mask (batch, "
+            f"tokens). Pass {name}=(5, 9), say."
+        )
+    found = tuple(places)
+    for place in found:
+        check_whole(name, place, 0)
+    return found
 
 
 def _known_layers(layers: Iterable[int]) -> Sequence[int]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, check_whole
 from headway.methods.sinks.act.editor import ACT
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ def search_heads(
     tried = [(int(layer), int(head)) for layer, head in heads]
     if not tried or len(set(tried)) != len(tried):
         raise ArgumentError(f"heads: got {len(tried)} with {len(set(tried))} different ones, expected each once.")
-    if top_k is not None and top_k < 1:
-        raise ArgumentError(f"top_k: got {top_k}, expected at least 1, or None for all that profit.")
+    check_whole("top_k", top_k, 1, optional=True)
     baseline = score(None)
     if not baseline or not all(len(values) for values in baseline.values()):
         raise ArgumentError(f"score: got the tasks {list(baseline)}, expected at least one with items.")

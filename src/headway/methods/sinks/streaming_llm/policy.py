@@ -108,7 +108,7 @@ class StreamingLLM(CachePolicy):
 
     def _read_step(self, call: AttentionCall, layer: StreamingLayer, cache: StreamingCache) -> AttentionCall:
         """One query row: the sinks, placed anew, stand in front of the window in one buffer."""
-        own = call.query_positions[-1] - cache.first
+        own = call.first_key + call.offset - cache.first
         oldest = layer.oldest - cache.first
         shift = self._shift(own, oldest, layer.reach) if self.positions == "cache" else torch.zeros_like(own)
         key, value = layer.with_sinks(shift - cache.turned_back)
@@ -241,13 +241,11 @@ class StreamingCache(PolicyCache):
         """Takes the left padding of each row from the host's mask: at the request's first forward, and for rows that
         were nothing but padding so far at the next ones."""
         seen = self.get_seq_length()
-        given = isinstance(mask, Tensor) and mask.ndim == 2
-        found = first_tokens(mask).cpu() if given else torch.zeros(batch, dtype=torch.long)
         if not seen:
             self.turned_back = 0
-            self.first = found
-        elif given and bool((self.first >= seen).any()):
-            self.first = torch.where(self.first >= seen, found, self.first)
+            self.first = torch.zeros(batch, dtype=torch.long)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and bool((self.first >= seen).any()):
+            self.first = torch.where(self.first >= seen, first_tokens(mask).cpu(), self.first)
         for layer in self.layers:
             layer.first = self.first
 
@@ -265,12 +263,13 @@ class StreamingCache(PolicyCache):
     def contains(self, position: int) -> bool:
         """Whether the token at a position of the text (padding not counted) is still held in every row, by the layers
         that see farthest: those with a shorter window of the host's own drop it before."""
-        return any(bool((layer.held() == position).any(1).all()) for layer in self.layers)
+        check_whole("position", position, 0)
+        filed = (layer for layer in self.layers if layer.seen)
+        return any(bool((layer.held() == position).any(1).all()) for layer in filed)
 
     def evict_for_space(self, tokens: int) -> None:
         """Makes room for a turn of so many tokens before it comes: the window shrinks by as much."""
-        if tokens < 0:
-            raise ArgumentError(f"tokens: got {tokens}, expected at least 0.")
+        check_whole("tokens", tokens, 0)
         left = self.policy.reach - tokens
         if left <= 0:
             log.warning(
