@@ -68,6 +68,13 @@ def test_a_second_call_scores_nothing_and_writes_the_same(corpus, model, tmp_pat
     assert before == ((tmp_path / "scores.jsonl").read_bytes(), (tmp_path / "selected.jsonl").read_bytes())
 
 
+def test_a_run_inside_its_corpus_is_found_again(model, tmp_path):
+    folder = write_corpus(tmp_path, records=20)
+    first, again = (CorpusSelection.from_json(select(folder, model, folder / "out", "--json").stdout) for _ in range(2))
+    assert again.corpus == first.corpus
+    assert again.run["shards_found"] == again.run["shards"]
+
+
 def test_parquet_in_is_parquet_out(model, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -105,12 +112,26 @@ def test_a_model_without_retrieval_heads_is_refused(corpus, model, tmp_path):
         (["--domain-field", "place"], "no domain under 'place'"),
         (["--controls", "-1"], "controls"),
         (["--threads", "0"], "threads"),
+        (["--engine", "ray", "--workers", "0"], "workers"),
+        (["--probes", "0"], "samples"),
+        (["--repetition-weight", "-1"], "repetition_weight"),
     ],
 )
 def test_wrong_arguments_are_refused_with_what_was_expected(corpus, model, tmp_path, options, words):
     options = options if "--heads" in options else [*options, "--heads", "1.0"]
     done = call(corpus, "--model", model, "--out", tmp_path / "out", *options)
     assert done.exit_code == 1
+    assert isinstance(done.exception, HeadwayError)
+    assert words in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--context", "1"], "context: got 1"), (["--batch-tokens", "0"], "batch_tokens"), (["--floor", "-1"], "floor")],
+)
+def test_wrong_numbers_are_refused_before_heads_are_looked_for(corpus, model, tmp_path, options, words, monkeypatch):
+    monkeypatch.setattr("headway.select.selecting.find_heads", lambda *_: pytest.fail("heads were looked for"))
+    done = call(corpus, "--model", model, "--out", tmp_path, *options)
     assert isinstance(done.exception, HeadwayError)
     assert words in str(done.exception)
 

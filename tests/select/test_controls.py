@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis.attention_influence import InfluenceScorer
 from headway.select import Reading, select
 from tests.look.tiny import byte_tokenizer, tiny_llama
@@ -60,3 +61,11 @@ def test_a_model_without_enough_other_heads_has_no_controls_and_says_so(corpus, 
     assert found.controls == []
     assert any("No control heads" in warning for warning in found.warnings)
     assert any("one domain" in warning for warning in found.warnings)
+
+
+def test_controls_on_a_hybrid_model_come_from_layers_that_have_heads(corpus, tmp_path):
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    model = tiny_host("lfm2", vocab_size=300, num_hidden_layers=4, layer_types=kinds)[0]
+    heads = [(1, head) for head in range(model.config.num_attention_heads)]
+    found = run(corpus, (model, byte_tokenizer(bos=True)), tmp_path, heads=heads, controls=2)
+    assert [{layer for layer, _ in control["heads"]} for control in found.controls] == [{3}, {3}]

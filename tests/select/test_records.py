@@ -97,6 +97,17 @@ class TestParquet:
         assert cursor.fetch(sources[0], 650, 0).row["n"] == 649
         assert cursor.fetch(sources[0], 2, 0).row["n"] == 1
 
+    def test_a_bad_row_is_named_by_its_number(self, tmp_path):
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = pyarrow.table({"text": ["good", None, " ", "good too"], "kind": ["a", "b", "c", None]})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        bad = {row.line: row.reason for row in scan(tmp_path, domain_field="kind") if isinstance(row, BadRow)}
+        assert set(bad) == {2, 3, 4}
+        assert "NoneType under 'text'" in bad[2]
+        assert "empty" in bad[3]
+        assert "no domain under 'kind'" in bad[4]
+
     def test_a_file_that_is_no_parquet_is_a_bad_row(self, tmp_path):
         pytest.importorskip("pyarrow")
         (tmp_path / "a.parquet").write_bytes(b"nothing of the kind")
@@ -169,3 +180,21 @@ def test_a_file_named_twice_is_refused(tmp_path):
     write_corpus(tmp_path, records=2, files=1)
     with pytest.raises(ArgumentError, match="twice"):
         find_sources([tmp_path, tmp_path / "part-0.jsonl"])
+
+
+def test_what_a_run_writes_is_no_part_of_its_corpus(tmp_path):
+    write_corpus(tmp_path / "corpus", records=2, files=1)
+    out = write_corpus(tmp_path / "corpus" / "out" / "state", records=3, files=1).parent
+    names = [source.name for source in find_sources([tmp_path / "corpus"], out=out)[0]]
+    assert names == ["part-0.jsonl"]
+    assert len(find_sources([tmp_path / "corpus"])[0]) == 2
+    beside = find_sources([tmp_path / "corpus"], out=tmp_path)[0]
+    assert len(beside) == 2, "a corpus inside the folder of the run is read whole"
+
+
+def test_a_run_does_not_overwrite_its_corpus(tmp_path):
+    (tmp_path / "selected.jsonl").write_text('{"text": "words"}\n', encoding="utf-8")
+    for given in (tmp_path, tmp_path / "selected.jsonl"):
+        with pytest.raises(ArgumentError, match="Name another folder with --out"):
+            find_sources([given], out=tmp_path)
+    assert len(find_sources([tmp_path / "selected.jsonl"], out=tmp_path / "out")[0]) == 1

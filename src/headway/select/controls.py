@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from headway.door import use
 from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.methods.diagnosis.attention_influence import QUARANTINED
@@ -64,12 +65,15 @@ def measure_controls(
     path = folder / f"controls-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
     if path.is_file():
         return _read(path)
-    facts = json.loads(recipe.described)
+    layers = _attending(model)
+    # Layers without heads must not be drawn from, so layers are counted among those that have some.
+    chosen = [(layers.index(layer), head) for layer, head in recipe.heads]
+    shape = (len(layers), json.loads(recipe.described)["heads"] or 0)
     try:
-        shape = (facts["layers"] or 0, facts["heads"] or 0)
-        sets = later_controls(recipe.heads, shape, torch.Generator().manual_seed(seed), draws=draws)
+        drawn = later_controls(chosen, shape, torch.Generator().manual_seed(seed), draws=draws)
     except ArgumentError:
         return []
+    sets = [[(layers[at], head) for at, head in control] for control in drawn]
     texts, own = _sample(plan, ledger)
     found = []
     for number, heads in enumerate(sets):
@@ -78,6 +82,12 @@ def measure_controls(
         found.append(_compare(heads, own, [score.influence for score in scores], seed))
     write_atomically(path, json.dumps(plain([asdict(control) for control in found])))
     return found
+
+
+def _attending(model: nn.Module) -> list[int]:
+    """The layers of a model that have heads of their own."""
+    with use(model) as handle:
+        return sorted({site.layer for site in handle.sites if site.kind == "self"})
 
 
 def _sample(plan: Plan, ledger: Ledger) -> tuple[list[str], list[float]]:

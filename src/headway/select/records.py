@@ -33,6 +33,8 @@ SPLITS = ("file", "paragraph", "line")
 BY_FILE, BY_FOLDER = "@file", "@folder"
 #: The domain of records when none is asked for.
 ONE_DOMAIN = "all"
+#: The tables that a run writes into its folder.
+WRITTEN = tuple(f"{name}.{end}" for name in ("scores", "selected") for end in ("jsonl", "parquet"))
 #: What reading a damaged or vanished file raises.
 BROKEN = (OSError, EOFError, zlib.error)
 MARK = b"\xef\xbb\xbf"
@@ -93,11 +95,12 @@ class BadRow:
     reason: str
 
 
-def find_sources(corpus: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
+def find_sources(corpus: Sequence[str | Path], *, out: Path | None = None) -> tuple[list[Source], list[str]]:
     """The files of a corpus in the order of their names, and the names of files that are of no kind that is read.
 
-    Each part is a file or a folder, which is searched through. Raises HostError for one that is not there,
-    ArgumentError for a corpus without any readable file and for files named twice."""
+    Each part is a file or a folder, which is searched through but for `out`, the folder of the run: what an earlier
+    call wrote there is no part of the corpus. Raises HostError for a part that is not there, ArgumentError for a corpus
+    without any readable file, for files named twice, and for a corpus that the run would overwrite."""
     found: list[Source] = []
     ignored: list[str] = []
     for part in corpus:
@@ -108,7 +111,11 @@ def find_sources(corpus: Sequence[str | Path]) -> tuple[list[Source], list[str]]
             )
         if not path.exists():
             raise HostError(f"corpus: there is no file or folder {part}; check the path.")
+        if out is not None:
+            _check_apart(path, out)
         inside = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not _hidden(p, path)]
+        if out is not None and path.resolve() in out.resolve().parents:
+            inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
         named = sorted((p.name if path.is_file() else p.relative_to(path).as_posix(), p) for p in inside)
         for name, file in named:
             kind = kind_of(name)
@@ -131,6 +138,15 @@ def find_sources(corpus: Sequence[str | Path]) -> tuple[list[Source], list[str]]
 def kind_of(name: str) -> str | None:
     """The kind of a file by its name; None for any other."""
     return next((kind for end, kind in KINDS.items() if name.lower().endswith(end)), None)
+
+
+def _check_apart(part: Path, out: Path) -> None:
+    """Raises ArgumentError for a part of the corpus that is the folder of the run or a table that it writes."""
+    if part.resolve() == out.resolve() or (part.parent.resolve() == out.resolve() and part.name in WRITTEN):
+        raise ArgumentError(
+            f"corpus: got {part}, where this run writes its own files; they would take the place of the corpus. Name "
+            "another folder with --out."
+        )
 
 
 def _hidden(path: Path, root: Path) -> bool:

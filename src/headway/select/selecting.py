@@ -16,7 +16,7 @@ from torch import nn
 
 from headway.errors import ArgumentError, unknown
 from headway.hosts.facts import model_facts, versions
-from headway.methods.diagnosis.attention_influence import FLOOR
+from headway.methods.diagnosis.attention_influence import FLOOR, InfluenceScorer
 from headway.methods.diagnosis.attention_influence.detection import HeadScores
 from headway.progress import Tell, silent
 from headway.select.choosing import check_share, choose
@@ -91,13 +91,15 @@ def select(
     The same records come out in the same order on both engines. Raises ArgumentError, HostError and
     NoRetrievalHeadsError, each with what to do."""
     start = time.perf_counter()
-    check_options(engine, write, share, repetition_weight, controls, threads)
+    check_options(engine, write, share, repetition_weight, controls, threads, workers)
     reading, detection, out = reading or Reading(), detection or Detection(seed=seed), Path(out)
     parts = [corpus] if isinstance(corpus, str | Path) else list(corpus)
-    sources, ignored = find_sources(parts)
+    sources, ignored = find_sources(parts, out=out)
     plan = make_plan(sources, reading, out / STATE, bad_rows=bad_rows, dedup=dedup, tell=progress)
     name = model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or type(model).__name__)
     host, prepared = _host(model, tokenizer, dtype, device, trust_remote_code, progress)
+    # Refuses what cannot be before heads are looked for, which takes long.
+    InfluenceScorer(host, prepared, (), context=context, batch_tokens=batch_tokens, floor=floor)
     found = _heads(heads, host, prepared, detection, out, progress)
     recipe = InfluenceRecipe(
         name=reachable_name(name),
@@ -176,7 +178,13 @@ def select(
 
 
 def check_options(
-    engine: str, write: str, share: float, repetition_weight: float, controls: int, threads: int | None
+    engine: str,
+    write: str,
+    share: float,
+    repetition_weight: float,
+    controls: int,
+    threads: int | None,
+    workers: int,
 ) -> None:
     """Refuses what cannot be, before any work."""
     if engine not in ENGINES:
@@ -192,6 +200,8 @@ def check_options(
         raise ArgumentError(f"controls: got {controls}, expected 0 or more sets of heads.")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads: got {threads}, expected 1 or more.")
+    if workers < 1:
+        raise ArgumentError(f"workers: got {workers}, expected 1 or more.")
 
 
 def open_ledger(plan: Plan, recipe: Recipe, out: Path) -> Ledger:
