@@ -17,6 +17,7 @@ from headway.diagnose.position.analysing import edges_for
 from headway.errors import ArgumentError, HeadwayError, HostError
 from headway.evidence.recipes import _posir_toy as toy
 from headway.methods.diagnosis.posir import (
+    Query,
     RetrievalSet,
     TransformersEncoder,
     WordEncoder,
@@ -135,6 +136,7 @@ def test_questions_are_made_from_a_folder_or_lines(tmp_path):
     (tmp_path / "none.txt").write_text("", "utf-8")
     made = read_documents(tmp_path, toy.tokenizer(), questions=4)
     assert sorted(made.documents) == ["one.txt", "two.md"]
+    assert made.dropped == {"document without text": 1}
     assert len(made.queries) == 8
     assert all(q.tokens and q.stop_token for q in made.queries)
     lines = tmp_path / "some.jsonl"
@@ -147,6 +149,42 @@ def test_questions_are_made_from_a_folder_or_lines(tmp_path):
     assert [line.split(": ")[0] for line in made.skipped] == [f"{lines}:3", f"{lines}:4"]
     found = diagnose_position([made], WordEncoder(), options=Options(resamples=20, edges=(12, 24)), baselines=())
     assert found.warnings[0].startswith("2 rows could not be used")
+
+
+def test_a_file_that_is_no_text_is_refused_or_skipped_by_name(tmp_path):
+    (tmp_path / "good.txt").write_bytes("\ufeffThe w1 w2 met a1 w3 n1 today.\r\n".encode() * 3)
+    (tmp_path / "bad.txt").write_bytes(b"The w1 \xff met")
+    with pytest.raises(ArgumentError, match=r"bad\.txt: byte 0xff at 7 is not UTF-8.*--bad-rows skip"):
+        read_documents(tmp_path, toy.tokenizer())
+    made = read_documents(tmp_path, toy.tokenizer(), bad_rows="skip")
+    assert list(made.documents) == ["good.txt"]
+    assert made.documents["good.txt"].startswith("The w1")
+    assert [line.split(": ")[0] for line in made.skipped] == [str(tmp_path / "bad.txt")]
+
+
+def test_a_model_in_bfloat16_is_measured_without_gradients(sets):
+    encoder = toy.bi_encoder(0, name="toy")
+    encoder.model.bfloat16()
+    found = diagnose_position(sets, encoder, options=FAST, baselines=())
+    assert found.saliency is None
+    assert any("float32" in line for line in found.warnings)
+    assert found.retrievers[0].overall["psi"] is not None
+
+
+def test_bins_without_a_query_are_told():
+    documents = {f"d{i}": " ".join([f"word{i}", *["filler"] * 19]) for i in range(30)}
+    queries = tuple(
+        Query(id=f"q{i}", text=f"word{i}", span=(i, i + 2), characters=len(documents[f"d{i}"]), tokens=20)
+        for i in range(30)
+    )
+    data = RetrievalSet(
+        name="early", queries=queries, documents=documents, judgements={f"q{i}": {f"d{i}": 1} for i in range(30)}
+    )
+    options = Options(edges=(5, 10), resamples=20, moved=0, saliency=0)
+    found = diagnose_position([data], WordEncoder(), options=options, baselines=())
+    assert max(query.position for query in queries) < 0.25
+    (told,) = (line for line in found.warnings if line.startswith("Position bins without a query"))
+    assert "Q3 (10, ∞) (15)" in told
 
 
 def test_the_default_set_reaches_beyond_what_the_model_reads():
@@ -183,6 +221,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         (["--several", "all"], "several"),
         (["--bad-rows", "drop"], "--bad-rows"),
         (["--count", "0"], "--count"),
+        (["--max-tokens", "2"], "--max-tokens"),
+        (["--dtype", "int8"], "dtype"),
         (["--bins", "2"], "bins"),
         (["--saliency-batch", "0"], "batch"),
     ],

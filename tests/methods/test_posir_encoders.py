@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +179,11 @@ def test_settings_that_cannot_be_used_are_refused():
             TransformersEncoder(model=own.model, tokenizer=own.tokenizer, **options)
     with pytest.raises(ArgumentError, match="SentenceTransformer"):
         SentenceTransformersEncoder(model=object())
+    for options, words in (({"max_tokens": 0}, "max_tokens: got 0"), ({"batch": 0}, "batch: got 0")):
+        model = types.SimpleNamespace(encode=print, max_seq_length=256)
+        with pytest.raises(ArgumentError, match=words):
+            SentenceTransformersEncoder(model=model, **options)
+        assert model.max_seq_length == 256
     with pytest.raises(ArgumentError, match="width"):
         WordEncoder(width=2)
 

@@ -20,7 +20,7 @@ from headway.methods.diagnosis.posir import (
     read_sets,
     write_set,
 )
-from headway.methods.diagnosis.posir.encoders import POOLINGS
+from headway.methods.diagnosis.posir.encoders import LEAST_TOKENS, POOLINGS
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
 from headway.progress import Tell
 
@@ -68,6 +68,8 @@ def run(
         raise unknown("--pooling", pooling, POOLINGS)
     if count < 1 or questions < 1 or batch < 1:
         raise ArgumentError(f"--count, --questions, --batch: got {count}, {questions} and {batch}, expected 1 or more.")
+    if max_tokens is not None and max_tokens < LEAST_TOKENS:
+        raise ArgumentError(f"--max-tokens: got {max_tokens}, expected {LEAST_TOKENS} or more.")
     options = Options(
         edges=None if edges is None else _edges(edges),
         bins=bins,

@@ -47,10 +47,10 @@ def warnings(found: Position, skipped: list[str]) -> list[str]:
         )
     told += _thin(model)
     if found.saliency is None and found.run["settings"]["saliency"]:
+        least = found.run["settings"]["least_tokens"] or found.run["settings"]["edges"][1]
         told.append(
-            "No saliency: it needs a model that gradients go through, and documents that are read whole, have at least "
-            f"{found.run['settings']['least_tokens'] or found.run['settings']['edges'][1]} tokens, and their answer in "
-            "the middle."
+            "No saliency: it needs a model in float32 that gradients go through, and documents that are read whole, "
+            f"have at least {least} tokens, and their answer in the middle."
         )
     if model.moved is None and found.run["settings"]["moved"]:
         told.append("No answer was moved: no document that is read whole has nine sentences around an answer.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from headway.methods.diagnosis import posir as method
 from headway.methods.diagnosis.posir import Encoder, PooledEncoder, Query, RetrievalSet, Scorer, TransformersEncoder
-from headway.methods.diagnosis.posir.saliency import DOCUMENT_TOKENS
+from headway.methods.diagnosis.posir.saliency import DOCUMENT_TOKENS, FINE
 from headway.parts import Parts
 from headway.progress import Tell
 from headway.statistics import bootstrap
@@ -35,11 +35,11 @@ def seen(
     parts: Path | None,
     tell: Tell,
 ) -> dict[str, Any] | None:
-    """Saliency, and the attention of the pooled rows where the door reaches it; None where there is no gradient or no
-    document to look at."""
+    """Saliency, and the attention of the pooled rows where the door reaches it; None where there is no gradient, where
+    the model's numbers are too coarse for one, or no document to look at."""
     least = options.least_tokens or edges[1]
     pairs = _pairs(sets, least, getattr(retriever, "max_tokens", None), options)
-    if not pairs or not isinstance(retriever, PooledEncoder):
+    if not pairs or not isinstance(retriever, PooledEncoder) or retriever.dtype not in FINE:
         return None
     curves, read = _curves(retriever, pairs, options, parts, tell)
     mass = method.Curves(curves=curves, read=read)

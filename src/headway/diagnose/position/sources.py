@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from headway.errors import ArgumentError, HostError
-from headway.hosts import default_text, read_text
+from headway.hosts import default_text
 from headway.hosts.rows import Account, check_policy, json_objects
 from headway.methods.diagnosis.posir import RetrievalSet, count_tokens, from_corpus, from_documents
 from headway.tasks.positioned_evidence import TEMPLATES, prose_corpus
@@ -46,19 +46,27 @@ def read_documents(
     path: str | Path, tokenizer: Any, *, questions: int = 2, bad_rows: str = "refuse", seed: int = 0, name: str = ""
 ) -> RetrievalSet:
     """A set from somebody's own texts: a folder of .txt and .md files, or JSONL with `_id` and `text`. Questions are
-    the rarest words of a sentence; rows that cannot be used are refused with their line, or listed in `skipped`."""
+    the rarest words of a sentence. Files and rows that cannot be used are refused by name and line, or listed in
+    `skipped`; texts without a word are dropped and counted."""
     check_policy(bad_rows)
     home = Path(path).expanduser()
-    texts, skipped = (_folder(home), []) if home.is_dir() else _lines(home, bad_rows)
+    texts, skipped = (_folder if home.is_dir() else _lines)(home, bad_rows)
     if not texts:
         raise ArgumentError(f"documents: {home} holds no text; give .txt or .md files, or JSONL with _id and text.")
     made = from_documents(texts, np.random.default_rng(seed), per_document=questions, name=home.name)
     return RetrievalSet(**{**vars(count_tokens(made, tokenizer, name=name)), "skipped": tuple(skipped)})
 
 
-def _folder(home: Path) -> dict[str, str]:
-    paths = sorted(p for p in home.rglob("*") if p.suffix in ENDINGS and p.is_file())
-    return {str(p.relative_to(home)): read_text(p).text for p in paths if p.stat().st_size}
+def _folder(home: Path, bad_rows: str) -> tuple[dict[str, str], list[str]]:
+    account, texts = Account(bad_rows), dict[str, str]()
+    for path in sorted(p for p in home.rglob("*") if p.suffix in ENDINGS and p.is_file()):
+        try:
+            texts[str(path.relative_to(home))] = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            account.bad(str(path), f"byte 0x{error.object[error.start]:02x} at {error.start:,} is not UTF-8.")
+        except OSError as error:
+            account.bad(str(path), f"it cannot be read ({error.strerror or error}).")
+    return texts, account.skipped
 
 
 def _lines(path: Path, bad_rows: str) -> tuple[dict[str, str], list[str]]:

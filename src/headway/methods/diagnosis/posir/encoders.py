@@ -26,6 +26,8 @@ from headway.tasks.bm25 import K1, B, words
 POOLINGS = ("mean", "cls", "last")
 #: Tokens of a document at most, as in the benchmark, where the model has room for them.
 MAX_TOKENS = 8192
+#: Two special tokens and a word.
+LEAST_TOKENS = 3
 #: The prefix of queries in the benchmark's code; only for models trained with it.
 INSTRUCTION = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
 
@@ -115,9 +117,10 @@ class TransformersEncoder:
         if self.pooling not in POOLINGS:
             raise unknown("pooling", self.pooling, POOLINGS)
         room = positions_of(self.model) if hasattr(self.model, "config") else None
-        if self.max_tokens is not None and (self.max_tokens < 3 or (room and self.max_tokens > room)):
+        if self.max_tokens is not None and (self.max_tokens < LEAST_TOKENS or (room and self.max_tokens > room)):
             raise ArgumentError(
-                f"max_tokens: got {self.max_tokens}, expected 3 to {room or MAX_TOKENS}, the positions of the model."
+                f"max_tokens: got {self.max_tokens}, expected {LEAST_TOKENS} to {room or MAX_TOKENS}, the positions of "
+                "the model."
             )
         if self.batch < 1:
             raise ArgumentError(f"batch: got {self.batch}, expected 1 or more.")
@@ -175,6 +178,10 @@ class SentenceTransformersEncoder:
     def __post_init__(self) -> None:
         if not callable(getattr(self.model, "encode", None)):
             raise ArgumentError(f"model: got {type(self.model).__name__}, expected a SentenceTransformer.")
+        if self.max_tokens is not None and self.max_tokens < LEAST_TOKENS:
+            raise ArgumentError(f"max_tokens: got {self.max_tokens}, expected {LEAST_TOKENS} or more.")
+        if self.batch < 1:
+            raise ArgumentError(f"batch: got {self.batch}, expected 1 or more.")
         own = getattr(self.model, "max_seq_length", None)
         if self.max_tokens is not None:
             self.model.max_seq_length = self.max_tokens

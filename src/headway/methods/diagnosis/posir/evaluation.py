@@ -72,7 +72,8 @@ class Evaluation:
 
     def reading(self, *, edges: Sequence[int] = EDGES) -> dict[str, tuple[str, float]]:
         """By bucket: whether the retriever reads its documents whole, and the share of queries whose answer ends
-        behind what it reads (NaN where that was not counted). A bucket that is cut tests truncation, not bias."""
+        behind what it reads (NaN where that was not counted). A bucket that is cut tests truncation, not bias. Tokens
+        are those of the text alone, so what special tokens push behind the end, one or two tokens, counts as read."""
         where = bucket_of(self.tokens, edges)
         found = {}
         for number, name in enumerate(bucket_names(edges)):

@@ -33,6 +33,8 @@ POINTS, PERCENTILE = 100, 99
 QUERY_TOKENS, DOCUMENT_TOKENS = 512, 2048
 BATCH = 8
 AXES = ("document", "read")
+#: Numbers fine enough for gradients of long documents.
+FINE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def token_gradients(
         )
     if batch < 1:
         raise ArgumentError(f"batch: got {batch}, expected 1 or more documents.")
-    if encoder.dtype not in (torch.float32, torch.float64):
+    if encoder.dtype not in FINE:
         raise NumericError(
             f"model: got {encoder.dtype}, in which gradients of long documents underflow; expected float32. Load it "
             'with dtype="float32".'
