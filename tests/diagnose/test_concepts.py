@@ -382,7 +382,9 @@ def test_another_clip_is_read_from_its_folder(host, tmp_path):
         (["--count", "1"], "--count: got 1"),
         (["--bad-rows", "drop"], "--bad-rows"),
         (["--layers", "0"], "layers: got 0"),
-        (["--pictures", "."], "knows its own scenes"),
+        (["--top", "0"], "top: got 0"),
+        (["--rank", "0"], "rank: got 0"),
+        (["--texts", "0"], "texts: got 0"),
     ],
 )
 def test_the_command_refuses_before_any_work(untrained, tmp_path, given, words):
@@ -390,6 +392,62 @@ def test_the_command_refuses_before_any_work(untrained, tmp_path, given, words):
     assert done.exit_code != 0
     assert words in str(done.exception) + done.output
     assert not (tmp_path / "out" / "concepts.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--pictures", "."], "knows its own scenes"),
+        (["some/clip", "--pictures", "no/such/folder"], "not there"),
+        (["some/clip", "--pictures", ".", "--template", "a photo"], "template"),
+        (["--neutral", "no-such-file"], "cannot be read"),
+    ],
+)
+def test_nothing_is_trained_or_loaded_for_arguments_that_cannot_be_used(monkeypatch, tmp_path, given, words):
+    for name in ("attribute_clip", "load"):
+        monkeypatch.setattr(command, name, lambda *_, **__: pytest.fail("a model was made"))
+    done = runner.invoke(app, ["diagnose", "concepts", *given, "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, HeadwayError), done.output
+    assert words in str(done.exception)
+
+
+def test_groups_and_neutral_prompts_of_a_file_are_measured(host, tmp_path):
+    pytest.importorskip("PIL")
+    folder = tmp_path / "model"
+    host.save_pretrained(folder)
+    tiny.save_processor(folder)
+    rows = []
+    for i in range(6):
+        painted(tmp_path, f"{i}.png", (255 - 40 * i, 60 * i % 256, 80))
+        rows.append({"picture": f"{i}.png", "group": "even" if i % 2 else "odd"})
+    manifest = tmp_path / "some.jsonl"
+    (tmp_path / "bank.txt").write_text("something red\tcolour\na circle\tshape\nat the top\n", encoding="utf-8")
+    (tmp_path / "neutral.txt").write_text("a circle\n\na square\n", encoding="utf-8")
+    given = ["diagnose", "concepts", str(folder), "--pictures", str(manifest), "--bank", str(tmp_path / "bank.txt")]
+    given += ["--neutral", str(tmp_path / "neutral.txt"), "--texts", "1", "--layers", "1", "--draws", "1", "--json"]
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = runner.invoke(app, [*given, "--top", "2", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    skew = Concepts.from_json(done.stdout).base["skew"]
+    assert set(skew["prompts"]) == {"a circle", "a square"}
+    assert all(sum(one["counts"].values()) == 2 for one in skew["prompts"].values())
+    every = runner.invoke(app, [*given, "--out", str(tmp_path / "out")])
+    assert any("every list holds them all" in one for one in Concepts.from_json(every.stdout).warnings)
+    del rows[3]["group"]
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    refused = runner.invoke(app, [*given, "--out", str(tmp_path / "out")])
+    assert "give a JSONL with a 'group' in every row" in str(refused.exception)
+
+
+def test_a_set_that_holds_a_whole_layer_is_told(host, tokenise, bank, found):
+    one_layer = audit(
+        host, tokenise, scenes(20, seed=1), bank, settings=Settings(layers=1, draws=1),
+        labeller=lambda texts: "anything", judges={"all": lambda concept, text: True},
+    )  # fmt: skip
+    (told,) = (one for one in one_layer.warnings if "every head of a layer" in one)
+    assert told.endswith("high, concept: anything.")
+    whole = {e.label for e in found.effects for at in (2, 3) if sum(layer == at for layer, _ in e.heads) == 8}
+    assert any("every head of a layer" in one for one in found.warnings) == bool(whole)
 
 
 def test_the_page_holds_the_text_as_text():

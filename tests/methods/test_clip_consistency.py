@@ -29,6 +29,7 @@ from headway.methods.diagnosis.clip_ccs import (
     right,
     score_head,
     skew,
+    text_span,
 )
 
 COLOURS = {"red paint": "colour", "navy wall": "colour", "pink": "colour", "lime": "colour", "teal": "colour"}
@@ -240,3 +241,27 @@ def test_five_identical_texts_score_five():
     assert (found.score, found.kind, found.concept) == (5, "high", "colour")
     unknown = head(["something"] * 5)
     assert (unknown.score, unknown.abstentions) == (0, 5), "nobody knows the text, so nobody may say that it fits"
+
+
+def described(x, bank, concepts):
+    """The score of a head from what it wrote, described by five texts of the bank."""
+    texts = list(concepts)
+    span = text_span(x, bank, texts=5)
+    known = Lexicon(concepts)
+    return score_head((0, 0), [texts[i] for i in span.chosen], labeller=known.label, judges={"exact": known}, asked=5)
+
+
+def test_a_head_that_writes_one_concept_scores_five_and_one_that_writes_mixtures_less():
+    """Five concepts of eight values each, three phrases a value; phrases lie about the direction of their value."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.linalg.qr(torch.randn(48, 40, generator=generator))[0].T
+    names = [f"{concept} {value} {phrase}" for concept in "abcde" for value in range(8) for phrase in range(3)]
+    bank = values.repeat_interleave(3, 0) + 0.1 * torch.randn(120, 48, generator=generator)
+    concepts = {name: name[0] for name in names}
+    for number, concept in enumerate("abcde"):
+        own = torch.randn(200, 8, generator=generator) @ values[8 * number : 8 * number + 8]
+        found = described(own, bank, concepts)
+        assert (found.score, found.kind, found.concept) == (5, "high", concept)
+    mixtures = [described(torch.randn(200, 40, generator=generator) @ values, bank, concepts).score for _ in range(20)]
+    assert max(mixtures) < 5
+    assert np.mean(mixtures) <= 2.5

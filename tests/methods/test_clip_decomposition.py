@@ -213,13 +213,14 @@ def test_a_text_without_its_end_token_is_refused(model, texts):
         decompose(tower(model, "text"), cut)
 
 
-def test_layer_scale_of_dinov2_is_part_of_what_a_head_wrote():
-    from transformers import Dinov2Config, Dinov2Model
+@pytest.mark.parametrize("name", ["Dinov2", "Dinov2WithRegisters"])
+def test_layer_scale_of_dinov2_is_part_of_what_a_head_wrote(name):
+    import transformers
 
-    config = Dinov2Config(
+    config = getattr(transformers, f"{name}Config")(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=28, patch_size=14
     )
-    host = Dinov2Model(config).eval()
+    host = getattr(transformers, f"{name}Model")(config).eval()
     with torch.no_grad():
         for block in tower(host).first, host.encoder.layer[1]:
             block.layer_scale1.lambda1.uniform_(0.1, 2.0)

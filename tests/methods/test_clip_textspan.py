@@ -30,6 +30,15 @@ def test_a_planted_direction_is_found_first(generator):
     assert text_span(x[torch.randperm(60, generator=generator)], bank, texts=3).chosen[0] == 5
 
 
+def test_the_order_of_the_images_does_not_matter(generator):
+    x, bank = made(generator)
+    order = torch.randperm(60, generator=generator)
+    plain, mixed = text_span(x, bank, texts=5), text_span(x[order], bank, texts=5)
+    assert mixed.chosen == plain.chosen
+    assert mixed.explained == pytest.approx(plain.explained)
+    torch.testing.assert_close(mixed.residual, plain.residual[order])
+
+
 def test_a_constant_only_matters_for_the_span(generator):
     x, bank = made(generator, rank=20)
     shift = torch.randn(20, generator=generator).double()

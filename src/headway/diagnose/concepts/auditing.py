@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -194,6 +195,10 @@ def _row(h: HeadConcept) -> dict[str, Any]:
     }
 
 
+def _silences_a_layer(effect: Effect, heads: int) -> bool:
+    return heads in Counter(layer for layer, _ in effect.heads).values()
+
+
 def _warnings(result: Concepts, heads: Sequence[HeadConcept], pictures: Pictures) -> list[str]:
     found = []
     if pictures.left_out:
@@ -205,6 +210,17 @@ def _warnings(result: Concepts, heads: Sequence[HeadConcept], pictures: Pictures
     ties = sum(h.ties for h in heads)
     if ties:
         found.append(f"The judges were split evenly on {ties} texts, which count as no fit.")
+    whole = [e.label for e in result.effects if _silences_a_layer(e, result.model["heads"])]
+    if whole:
+        found.append(
+            f"These sets hold every head of a layer, whose attention then writes a constant: {', '.join(whole)}."
+        )
+    top = result.run["settings"]["top"]
+    if pictures.neutral and top >= len(pictures):
+        found.append(
+            f"A neutral prompt retrieves {top} pictures and there are {len(pictures)}: every list holds them all, and "
+            "no skew can be seen."
+        )
     alone = [e.label for e in result.effects if not e.equal]
     if alone:
         found.append(f"No other heads are left in the same layers to compare with: {', '.join(alone)}.")

@@ -63,6 +63,13 @@ def run(
             f"--pictures: got none for {model!r}, expected a folder of pictures or a JSONL. Only {TRAINED} has its "
             "own scenes."
         )
+    if model == TRAINED and pictures is not None:
+        raise ArgumentError(
+            f"--pictures: got {pictures} for {TRAINED}, which knows its own scenes alone; leave it out, or name "
+            "another model."
+        )
+    if pictures is not None:
+        material.check_source(pictures, template)
     settings = Settings(layers=layers, texts=texts, rank=rank, draws=draws, top=top, seed=seed)
     known, left_out = _texts(bank, model, bad_rows)
     asked = None if neutral is None else {line: [line] for line in material.read_lines(neutral)}
@@ -114,11 +121,7 @@ def _host(name: str, trust_remote_code: bool) -> Host:
 def _pictures(host: Host, path: Path | None, template: str, bad_rows: str, count: int, seed: int) -> Pictures:
     if path is None:
         return material.scenes(count, seed=seed + 1)
-    if host.pixels is None:
-        raise ArgumentError(
-            f"--pictures: got {path} for {TRAINED}, which knows its own scenes alone; leave it out, or name another "
-            "model."
-        )
+    assert host.pixels is not None
     return material.read_pictures(path, host.pixels, template=template, bad_rows=bad_rows, most=count)
 
 

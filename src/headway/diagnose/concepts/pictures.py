@@ -114,11 +114,7 @@ def read_pictures(
     `picture` (a path, from the file's own folder), and where known `labels` (question -> class) and `group`. Needs
     Pillow (extra `vision`). bad_rows: "refuse" raises HeadwayError with the first that cannot be used, "skip" lists
     them. most: an even selection of so many."""
-    if "{}" not in template:
-        raise ArgumentError(f"template: got {template!r}, expected words with {{}} for the name of a class.")
-    path = Path(path)
-    if not path.exists():
-        raise ArgumentError(f"--pictures: got {path}, which is not there; expected a folder or a JSONL.")
+    path = check_source(path, template)
     rows = _Rows(path, bad_rows)
     named = _folder(path) if path.is_dir() else _manifest(rows)
     if most is not None and len(named) > most:
@@ -143,6 +139,16 @@ def read_pictures(
         what=f"pictures of {path.name}",
         left_out=rows.left_out,
     )
+
+
+def check_source(path: str | Path, template: str) -> Path:
+    """The path. Raises ArgumentError where nothing is there, and for a template without a place for a class."""
+    if "{}" not in template:
+        raise ArgumentError(f"template: got {template!r}, expected words with {{}} for the name of a class.")
+    path = Path(path)
+    if not path.exists():
+        raise ArgumentError(f"--pictures: got {path}, which is not there; expected a folder or a JSONL.")
+    return path
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from headway.door.call import AttentionCall, Site
 from headway.door.stages import Editor
 from headway.errors import ArgumentError, HostError, unknown
 
-SUPPORTED = "CLIPModel (image and text tower), CLIPVisionModelWithProjection, CLIPTextModelWithProjection, Dinov2Model"
+SUPPORTED = (
+    "CLIPModel (image and text tower), CLIPVisionModelWithProjection, CLIPTextModelWithProjection, Dinov2Model, "
+    "Dinov2WithRegistersModel"
+)
 
 
 @dataclass(frozen=True)
