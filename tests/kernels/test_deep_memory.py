@@ -210,12 +210,27 @@ def test_learning_needs_no_graph():
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_memory_that_blows_up_says_where():
+@pytest.mark.parametrize("mode", ["block", "step", "reference"])
+def test_a_memory_that_blows_up_says_where(mode):
     net = MemoryNet((torch.zeros(HEADS, DIM, DIM),))
-    key = normalize(torch.ones(BATCH, HEADS, 2000, DIM), dim=-1)
-    gates = constant(2000, 3.0)
-    with pytest.raises(NumericError, match=r"layer 3: got NaN or infinity in chunk \d+ of 125 \(largest θ 3"):
-        run([key, key, key], gates.to(torch.float32), net, chunk=16, name="layer 3")
+    key = normalize(torch.ones(BATCH, HEADS, 400, DIM), dim=-1)
+    gates = constant(400, 9.0)
+    with pytest.raises(NumericError, match=r"layer 3: got NaN or infinity in chunk 15 of 25 \(largest θ 9"):
+        run([key, key, key], gates.to(torch.float32), net, chunk=16, name="layer 3", mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["block", "step", "reference"])
+def test_autocast_does_not_narrow_the_learning(mode):
+    """Trained under bfloat16 autocast, the memory of a few dozen tokens was another one."""
+    net, gates = network(2).to(torch.float32), draw_gates(40).to(torch.float32)
+    parts = [x.detach().float().requires_grad_() for x in stream(40)]
+    exact = run(parts, gates, net, mode=mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(parts, gates, net, mode=mode)
+        assert all(torch.equal(a, b) for a, b in zip(found.state.now()[0], exact.state.now()[0], strict=True))
+    assert torch.equal(found.output, exact.output)
+    gradients = [torch.autograd.grad(read.output.sum(), parts) for read in (found, exact)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16, 64])
@@ -247,6 +262,8 @@ def test_masked_tokens_leave_the_whole_state_as_it_was():
         for name in ("weights", "momentum", "inputs", "errors"):
             for a, b in zip(getattr(after.state, name), getattr(state, name), strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
+        for a, b in zip(after.state.running[0].tensors(), state.running[0].tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_gradcheck_through_the_learning():

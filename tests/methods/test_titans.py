@@ -266,6 +266,14 @@ class TestMemory:
         _, state = mixer(tokens(9).bfloat16(), state=mixer.init_state(2, dtype=torch.bfloat16))
         assert state.tensors["memory.weights.0"].dtype == torch.float32
 
+    def test_the_memory_is_asked_in_float32_under_autocast(self):
+        """Attention may be narrowed, what the memory says to the same queries not."""
+        memory, asked = make(TitansMAC).float().memory, heads_of(tokens(6).float())
+        weights = tuple(w[None].expand(2, -1, -1, -1) for w in memory.weights)
+        expected = memory.retrieve(weights, asked)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(memory.retrieve(weights, asked), expected)
+
     @pytest.mark.parametrize("cls", ALL)
     def test_reading_updates_the_memory_without_a_graph(self, cls):
         mixer, x = make(cls), tokens(9)
@@ -302,6 +310,10 @@ class TestInspection:
         alone = mixer.inspect(x[:1, 6:])
         for part, single in zip(shown.tensors(), alone.tensors(), strict=True):
             torch.testing.assert_close(part[:1, :, 6:], single, **TIGHT)
+
+    @pytest.mark.parametrize("cls", ALL)
+    def test_no_tokens_show_nothing(self, cls):
+        assert [part.shape for part in make(cls).inspect(tokens(0)).tensors()] == [(2, 2, 0)] * 5
 
     def test_gates_are_those_of_the_memory(self):
         mixer, x = make(TitansLMM), tokens(7)

@@ -13,6 +13,7 @@ differentiation. All are differentiable through the learning itself. Titans, arX
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,13 +98,15 @@ def deep_memory(
     real = torch.ones(batch, tokens, dtype=torch.bool, device=query.device) if mask is None else mask
     if position is None:
         position = began.seen[:, None] + real.long().cumsum(1) - real.long()
-    if mode == "reference":
-        output, after = token_by_token(query, key, value, gates, net, began, position, real, reads)
-        return MemoryRead(output, after if state is not None else None)
-    if mode == "step":
-        output, after = _steps(query, key, value, gates, net, began, position, real, reads)
-        return MemoryRead(output, after if state is not None else None)
-    found = _blocks(query, key, value, gates, net, began, position, real, reads, inspect, name)
+    # Autocast would learn in half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        if mode == "block":
+            found = _blocks(query, key, value, gates, net, began, position, real, reads, inspect, name)
+        else:
+            form = token_by_token if mode == "reference" else _steps
+            output, after = form(query, key, value, gates, net, began, position, real, reads)
+            _check_finite(output.split(chunk, 2), after.weights, gates, name)
+            found = MemoryRead(output, after)
     return found if state is not None else replace(found, state=None)
 
 
@@ -268,7 +271,7 @@ def _back(chunks: Chunks, parts: list[Tensor]) -> Tensor:
     return chunks.scatter(torch.stack(parts, 2)[..., None])[..., 0]
 
 
-def _check_finite(outputs: list[Tensor], weights: tuple[Tensor, ...], gates: Gates, name: str) -> None:
+def _check_finite(outputs: Sequence[Tensor], weights: tuple[Tensor, ...], gates: Gates, name: str) -> None:
     """One look at everything; only when something is wrong, which chunk it began in."""
     whole = torch.stack([x.detach().sum() for x in (*outputs, *weights)])
     if bool(whole.isfinite().all()):

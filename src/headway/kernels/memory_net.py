@@ -142,7 +142,9 @@ class MemoryState:
 
     def now(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Weights and momentum behind the last token, the open chunk folded in."""
-        return fold(self.weights, self.momentum, self.inputs, self.errors, per_layer(self.running, len(self.weights)))
+        coefficients = per_layer(self.running, len(self.weights))
+        with torch.autocast(self.weights[0].device.type, enabled=False):
+            return fold(self.weights, self.momentum, self.inputs, self.errors, coefficients)
 
 
 def errors(

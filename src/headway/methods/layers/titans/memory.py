@@ -157,7 +157,8 @@ class NeuralMemory(nn.Module):
     ) -> Float[Tensor, "batch tokens width"]:
         """What a memory with these weights says to queries; it learns nothing."""
         dtype = weights[0].dtype
-        found = self.net.to(dtype)(weights, query.to(dtype))
+        with torch.autocast(query.device.type, enabled=False):
+            found = self.net.to(dtype)(weights, query.to(dtype))
         return found.transpose(1, 2).flatten(2).to(query.dtype)
 
     def forward(

@@ -81,6 +81,8 @@ class TitansMixer(Mixer):
         """Surprise, loss, θ, η and α of every token and head: what the memory found new, and what it did about it."""
         trace: list[MemoryTrace] = []
         self._run(check_inputs(self, x, mask, resets, state, "block"), mask, resets, state, "block", trace)
+        if not trace:
+            return MemoryTrace(*(x.new_zeros(x.shape[0], self.heads, 0) for _ in fields(MemoryTrace)))
         return trace[0]
 
     def mix(
