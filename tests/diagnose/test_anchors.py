@@ -6,14 +6,17 @@ import json
 
 import numpy as np
 import pytest
+from transformers import T5Config, T5ForConditionalGeneration
 
 from headway.diagnose.anchors import Anchors, Options, TraceAnchors, diagnose_anchors, read_traces
 from headway.diagnose.anchors import analysing as module
 from headway.diagnose.anchors.columns import Columns
-from headway.errors import ArgumentError, HeadwayError
+from headway.errors import ArgumentError, HeadwayError, HostError
 from headway.evidence.recipes._anchors_scripted import GUESSES, script, scripted
 from headway.evidence.recipes._anchors_toy import Words, decoder, draw_ids, planted
+from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis.thought_anchors import exact_encoder, pattern_answer, read_trace
+from tests.methods.song_hosts import bert
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +175,9 @@ def test_traces_are_read_from_lines(tmp_path):
         ('{"prompt": "x"}', "'text'"),
         ('{"text": "given:k0=3 . ", "extra": 1}', "extra"),
         ('{"text": "given:k0=3 . ", "sentences": ["mode-is-m1 ."]}', "not in the text"),
+        ('{"text": "given:k0=3 . ", "sentences": [3, 4]}', "expected a list of strings"),
+        ('{"text": "given:k0=3 . ", "sentences": "given"}', "expected a list of strings"),
+        ('{"text": "given:k0=3 . ", "prompt": 5}', "expected text"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_or_skipped_by_its_line(tmp_path, row, words, caplog):
@@ -214,3 +220,39 @@ def test_the_page_holds_the_text_as_text():
     assert "<img src=x" not in page
     assert "&lt;b&gt;" in page or "\\u003cb\\u003e" in page
     assert "Sentence" in page
+
+
+def test_heads_of_a_host_that_mixes_in_other_ways_too_are_named_by_their_layer(traces):
+    kinds = ["conv", "conv", "full_attention", "full_attention"]
+    size = decoder(0).config.vocab_size
+    host = tiny_host("lfm2", num_hidden_layers=4, layer_types=kinds, vocab_size=size, max_position_embeddings=512)[0]
+    found = diagnose_anchors(host, Words(), traces[:1], options=Options(top=3, orders=2))
+    assert found.layers == [2, 3]
+    assert len(found.receivers) == 3
+    assert {int(layer) for layer, _, _ in found.receivers} <= {2, 3}
+    for layer, head, peak in found.receivers:
+        assert found.kurtosis[found.layers.index(layer)][head] == pytest.approx(peak)
+    assert found.ablation is not None
+    assert '"layers":[2,3]' in found.to_html().replace(" ", "")
+
+
+def test_models_that_do_not_continue_text_are_refused(traces):
+    small = T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    for host, tokenizer, words in (
+        (bert().bert, Words(), "BertModel.*causal"),
+        (T5ForConditionalGeneration(small), Words(), "T5ForConditionalGeneration.*causal"),
+        (decoder(0), object(), "a model of text"),
+    ):
+        with pytest.raises(HostError, match=words):
+            diagnose_anchors(host, tokenizer, traces)
+
+
+def test_samplers_by_other_names_share_no_rollouts(host, tmp_path):
+    def others(prefix, seeds):
+        return ["The coin shows tails. The answer is nine."] * len(seeds)
+
+    trace = script(coin="heads", guess=GUESSES[0])
+    options = Options(rollouts=4, proximity=3, orders=0, top=2, extract=pattern_answer(r"answer is (\w+)"))
+    for sampler in (scripted, others):
+        diagnose_anchors(host, Words(), [trace], options=options, sampler=sampler, encoder=exact_encoder, out=tmp_path)
+    assert len(list((tmp_path / "parts").glob("rollouts-*.jsonl"))) == 2

@@ -13,6 +13,7 @@ from headway.diagnose.anchors import command as module
 from headway.errors import HeadwayError
 from headway.evidence.recipes._anchors_toy import FINAL, Words, decoder
 from headway.methods.diagnosis.thought_anchors import LocalSampler, exact_encoder
+from tests.methods.song_hosts import bert
 
 ROW = {
     "name": "<b>three</b>",
@@ -32,6 +33,13 @@ class Chat(Words):
     def apply_chat_template(self, turns, **options):
         assert [turn["role"] for turn in turns] == ["user"]
         return self.chat_template
+
+
+class Pictures:
+    """What prepares pictures, not texts."""
+
+    def __call__(self, images, **options):
+        raise AssertionError
 
 
 @pytest.fixture
@@ -171,6 +179,8 @@ def test_rows_that_cannot_be_used_are_refused_by_line_or_skipped_and_told(loaded
         (["--answer", "("], ["got '('", "no regular expression"]),
         (["--answer", r"\d+"], ["without a group", "expected one around the answer", "as in"]),
         (["--bad-rows", "drop"], ["--bad-rows", "'drop'", "refuse", "skip"]),
+        (["--seed", "-1"], ["seed", "got -1", "expected at least 0"]),
+        (["--which-answer", "middle"], ["which", "'middle'", "first", "last"]),
         (["--out", "TRACES"], ["--out", "which is a file", "expected a folder", "Name another"]),
     ],
 )
@@ -205,3 +215,11 @@ def test_an_interrupted_command_goes_on_from_kept_parts(loaded, tmp_path, monkey
     assert went_on.pop("forwards") == 0
     assert whole.pop("forwards") > 1
     assert went_on == whole
+
+
+@pytest.mark.parametrize(("loads", "words"), [((bert().bert, Chat()), "causal"), ((decoder(0), Pictures()), "of text")])
+def test_a_model_of_another_kind_is_refused_before_it_is_asked(tmp_path, monkeypatch, loads, words):
+    monkeypatch.setattr(module, "load", lambda name, **_: loads)
+    done = call("--question", "Why?", "--out", tmp_path / "out")
+    assert isinstance(done.exception, HeadwayError), done.exception
+    assert words in str(done.exception)

@@ -15,9 +15,10 @@ from headway.diagnose.roles import Options, Roles, analysing, diagnose_roles
 from headway.diagnose.roles import command as module
 from headway.diagnose.roles.findings import findings
 from headway.diagnose.roles.findings import findings as sentences
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, HostError
 from headway.methods.diagnosis import diagnose_localize_align as dla
 from tests.methods.roles_words import words_model, words_tokenizer
+from tests.methods.song_hosts import bert
 
 FEW = Options(kinds=("case", "format", "length"), relations=("system-user",), new_tokens=2, draws=2, share=0.2)
 
@@ -180,6 +181,17 @@ def test_cases_may_be_weighed_by_what_the_conflict_costs_without_a_judge(host, t
     assert plain.localisation["scores"] != found.localisation["scores"]
 
 
+def test_cases_that_cost_nothing_weigh_alike_and_the_report_says_so(host, tokenizer, monkeypatch):
+    monkeypatch.setattr(analysing, "item_margin", lambda *_: 0.0)
+    options = replace(FEW, new_tokens=0)
+    found = diagnose_roles(host, tokenizer, options=replace(options, weigh="accuracy"))
+    assert found.localisation["weights"] is None
+    assert any("By accuracy no conflict cost anything" in w for w in found.warnings)
+    plain = diagnose_roles(host, tokenizer, options=options)
+    assert not any("no conflict cost anything" in w for w in plain.warnings)
+    assert plain.localisation["scores"] == found.localisation["scores"]
+
+
 def test_an_interrupted_diagnosis_goes_on(host, tokenizer, log, tmp_path):
     options = replace(FEW, align=1)
 
@@ -218,6 +230,11 @@ def test_readings_of_another_model_are_not_taken(host, tokenizer, tmp_path):
         ({"items": 7, "held_out": 5}, "at most 12"),
         ({"cover": 0.0}, "cover"),
         ({"weigh": "odd"}, "accuracy"),
+        ({"window": 0}, "window"),
+        ({"seed": -1}, "seed"),
+        ({"rank": 0}, "rank"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
         ({"weigh": "cras", "new_tokens": 0}, "replies"),
         ({"weights": "reward"}, "uniform"),
         ({"align": 1, "kinds": ("case", "format")}, "at least 3"),
@@ -278,6 +295,10 @@ def test_the_command_looks_into_a_model_and_judges_with_it(tmp_path, monkeypatch
         (["--bad-rows", "drop", "--log", "LOG"], "bad_rows"),
         (["--format", "chat", "--log", "LOG"], "form"),
         (["--align", "3", "--log", "LOG"], "--localize"),
+        (["--window", "0"], "window"),
+        (["--seed", "-1"], "seed"),
+        (["--learning-rate", "-1", "--align", "3"], "learning_rate"),
+        (["--rank", "0"], "rank"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, arguments, words):
@@ -287,6 +308,16 @@ def test_arguments_that_cannot_be_used_are_refused_before_a_model_is_loaded(tmp_
     assert done.exit_code != 0
     assert isinstance(done.exception, SystemExit | ArgumentError)
     assert words in f"{done.output} {done.exception}"
+
+
+@pytest.mark.parametrize("judged", [[], ["--judge", "model", "--log", "LOG"]])
+def test_a_model_of_another_kind_is_refused(tmp_path, monkeypatch, tokenizer, judged):
+    monkeypatch.setattr(module, "load", lambda *a, **k: (bert().bert, tokenizer))
+    done = call(*(written(tmp_path) if one == "LOG" else one for one in judged), "--out", tmp_path / "out")
+    assert isinstance(done.exception, HostError), done.exception
+    assert "causal language model" in str(done.exception)
+    with pytest.raises(HostError, match="a model of text"):
+        diagnose_roles(words_model(tokenizer), object())
 
 
 def test_bad_rows_are_refused_by_line_or_skipped_and_told(tmp_path):

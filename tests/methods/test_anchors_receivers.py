@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis.thought_anchors import (
     ablate,
     kurtosis,
+    layered_maps,
     mean_kurtosis,
     position_null,
     receiver_heads,
@@ -174,3 +177,35 @@ def test_a_gate_at_the_head_changes_the_loss_and_one_changes_nothing(host, ids):
     assert found.rise != 0
     assert len(found.controls) == 3
     assert same.rise == pytest.approx(0, abs=1e-5)
+
+
+def test_a_head_of_which_nothing_is_known_has_no_kurtosis_and_says_nothing(ids):
+    """A window that no far sentence is in leaves no vertical score at all."""
+    host = tiny_host("mistral", num_hidden_layers=2, sliding_window=3)[0]
+    vertical = vertical_scores(sentence_maps(host, ids, SPANS))
+    assert np.isnan(vertical).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (kurtosis(vertical) == -np.inf).all()
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    """A host whose first two layers mix without attention."""
+    kinds = ["conv", "conv", "full_attention", "full_attention"]
+    return tiny_host("lfm2", num_hidden_layers=4, layer_types=kinds)[0]
+
+
+def test_rows_of_a_host_that_mixes_in_other_ways_too_know_their_layers(hybrid, ids):
+    maps, layers = layered_maps(hybrid, ids, SPANS)
+    assert layers == (2, 3)
+    assert len(maps) == 2
+    np.testing.assert_array_equal(maps, sentence_maps(hybrid, ids, SPANS))
+
+
+def test_heads_are_gated_in_the_layer_of_their_row(hybrid, ids):
+    from headway.methods.diagnosis.thought_anchors.ablation import gated_loss
+
+    found = ablate(hybrid, ids, [(1, 0)], shape=(2, 4), layers=(2, 3), draws=3)
+    assert found.gated == pytest.approx(gated_loss(hybrid, ids, [(3, 0)]), abs=1e-6)
+    assert found.gated != pytest.approx(gated_loss(hybrid, ids, [(2, 0)]), abs=1e-6)

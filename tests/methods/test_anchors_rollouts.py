@@ -11,11 +11,14 @@ import torch
 from headway.errors import ArgumentError, HeadwayError
 from headway.evidence.recipes._anchors_scripted import GUESSES, script, scripted
 from headway.evidence.recipes._anchors_toy import Words, decoder, draw_ids, planted
+from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis.thought_anchors import (
     NO_ANSWER,
     LocalSampler,
+    Prefix,
     Rollout,
     RolloutCache,
+    answer_reader,
     boxed_answer,
     collect,
     effect,
@@ -305,8 +308,6 @@ def test_stopped_rollouts_leave_the_batch_and_change_nothing(small):
 
 
 def test_text_alone_is_prefix_enough(small):
-    from headway.methods.diagnosis.thought_anchors import Prefix
-
     model, made = small
     sampler = LocalSampler(model, Words(), max_tokens=4)
     prefix = made.trace.prefix(4)
@@ -325,3 +326,49 @@ def test_a_temperature_of_zero_is_refused(small):
         LocalSampler(small[0], Words(), temperature=0.0)
     with pytest.raises(ArgumentError, match="top_p"):
         LocalSampler(small[0], Words(), top_p=0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        (r"\boxed{3} or \boxed{4}", "3", "4"),
+        ("The answer is 5. No, the answer is 6, of 7.", "5", "6"),
+        ("2 and then 9", "2", "9"),
+    ],
+)
+def test_which_of_several_answers_counts_is_a_choice(text, first, last):
+    assert (answer_reader(which="first")(text), answer_reader()(text)) == (first, last)
+    assert answer_reader(r"(\d)", "first")("a 1 b 2") == "1"
+    assert answer_reader(r"(\d)", "first").__name__ == r"first (\d)"
+    with pytest.raises(ArgumentError, match="which"):
+        answer_reader(which="middle")
+
+
+def test_rollouts_end_where_the_model_has_no_position_left(small, monkeypatch):
+    from headway.methods.diagnosis.thought_anchors import sampling
+
+    model, made = small
+    prefix = made.trace.prefix(4)
+    free = LocalSampler(model, Words(), max_tokens=12, temperature=1.0)(prefix, [1])[0]
+    monkeypatch.setattr(sampling, "positions_of", lambda model: len(prefix.ids) + 4)
+    cut = LocalSampler(model, Words(), max_tokens=12, temperature=1.0)(prefix, [1])[0]
+    assert free.startswith(cut)
+    assert len(cut.split()) == 5
+    monkeypatch.setattr(sampling, "positions_of", lambda model: len(prefix.ids) - 1)
+    with pytest.raises(ArgumentError, match="positions"):
+        LocalSampler(model, Words(), max_tokens=12)(prefix, [1])
+
+
+def test_the_last_position_of_a_learned_table_is_used_and_none_beyond():
+    model = tiny_host("gpt2", n_positions=12)[0]
+    prefix = Prefix(tuple(range(5, 13)), "")
+    assert len(LocalSampler(model, Numbers(), max_tokens=20, stop=())(prefix, [0])[0].split()) == 5
+
+
+class Numbers:
+    """Tokens are their numbers."""
+
+    eos_token_id = None
+
+    def decode(self, ids, **options):
+        return " ".join(map(str, ids))

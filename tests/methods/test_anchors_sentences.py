@@ -189,3 +189,12 @@ def test_scores_are_averaged_by_category():
     labels = [Label(("unknown",)), Label(("problem_setup",)), Label(("unknown",)), Label(("unknown",))]
     found = by_category(labels, [1.0, 5.0, 3.0, float("nan")])
     assert (found["unknown"].value, found["unknown"].n, found["problem_setup"].value) == (2.0, 2, 5.0)
+
+
+@pytest.mark.parametrize(
+    "given", ["Wait.", 7, [], [3, 4], [["a", "b"]], ["Wait.", 5], [[0.5, 5]], [[0, True]], [[21, 40], "Wait."]]
+)
+def test_sentences_that_are_neither_strings_nor_ranges_are_refused(given):
+    """As they may stand in a line of a file, where anything may."""
+    with pytest.raises(ArgumentError, match=r"sentences: got .*expected a list of strings"):
+        trace(sentences=given)

@@ -97,6 +97,8 @@ def test_turns_without_role_or_reply_are_counted():
         ({**PLAIN, "rules": {"answer": ["4"]}}, "'answer'"),
         ({**PLAIN, "rules": [1]}, "dictionary"),
         ({**PLAIN, "rules": {"answers": 4}}, "list of texts"),
+        ({**PLAIN, "rules": {"forbidden": ["guess", " "]}}, "empty text"),
+        ({**PLAIN, "rules": {"constraints": "!"}}, "empty text"),
         ({**PLAIN, "rules": {"constraints": ["!("]}}, "regular expression"),
         (PLAIN, "used in line 1"),
     ],
@@ -146,3 +148,13 @@ def test_unknown_choices_name_what_there_is():
         read(PLAIN, form="autogn")
     with pytest.raises(ArgumentError, match="skip"):
         read(PLAIN, bad_rows="drop")
+
+
+def test_fields_that_are_null_were_not_given():
+    row = {**PLAIN, "id": None, "condition": None, "rules": None, "question": None}
+    found = read(row, row)
+    assert [(turn.conversation, turn.condition, turn.question) for turn in found.turns] == [
+        ("line 1", "", ""),
+        ("line 2", "", ""),
+    ]
+    assert found.turns[0].rules == Rules()

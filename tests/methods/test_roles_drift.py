@@ -347,3 +347,12 @@ def test_silencing_a_head_that_decides_moves_more_than_its_controls(decided):
     assert found.ratio == pytest.approx(found.focal.value / np.mean(found.by_control))
     assert seen[-1] == (9, 9)
     assert gated(decided, [(1, 2)], draws=3, gate=1.0).focal.value == pytest.approx(0, abs=1e-6)
+
+
+def test_a_model_that_is_being_trained_is_read_without_dropout():
+    host = tiny_host("gpt2", num_hidden_layers=2)[0].train()
+    assert host.config.attn_pdrop > 0
+    found = dla.attention_drift(host, [pair(changed=())])
+    assert (found.scores() == 0).all()
+    assert host.training
+    assert host.transformer.h[0].mlp.dropout.training

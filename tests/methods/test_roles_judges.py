@@ -148,6 +148,24 @@ def test_a_model_judge_marks_by_its_expected_mark_and_repeats_itself(judge):
     assert judge.judge(turn("z" * 5000), RUBRIC).scores
 
 
+def test_marks_of_other_weights_are_not_taken_for_those_of_a_model(judge):
+    """Two models of one class have no name to tell them apart, and a folder may hold other weights tomorrow."""
+    other = dla.ModelJudge(tiny_host("llama", vocab_size=90, max_position_embeddings=4096, seed=1)[0], Digits())
+    again = dla.ModelJudge(tiny_host("llama", vocab_size=90, max_position_embeddings=4096)[0], Digits())
+    assert other.identity() != judge.identity() == again.identity()
+    kept = Parts()
+    first = dla.score_turns([turn("some reply")], judge, kept=kept)
+    assert dla.score_turns([turn("some reply")], other, kept=kept)[0].scores != first[0].scores
+
+
+def test_a_judge_that_is_being_trained_marks_without_dropout():
+    model = tiny_host("gpt2", vocab_size=90, n_positions=4096, resid_pdrop=0.5, embd_pdrop=0.5)[0]
+    judge = dla.ModelJudge(model, Digits())
+    still = judge.judge(turn("some reply"), RUBRIC)
+    model.train()
+    assert dla.ModelJudge(model, Digits()).judge(turn("some reply"), RUBRIC) == still
+
+
 def test_a_tokenizer_that_splits_marks_is_refused():
     class Split(Digits):
         def __call__(self, text, **options):

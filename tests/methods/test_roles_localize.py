@@ -8,6 +8,7 @@ import torch
 from tests.methods.roles_words import words_model, words_tokenizer
 
 from headway.errors import ArgumentError
+from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis import diagnose_localize_align as dla
 from headway.methods.diagnosis.diagnose_localize_align.pairs import FACTS, encode, matched_pair, render
 from headway.parts import Parts
@@ -178,6 +179,23 @@ def test_the_margin_is_the_difference_of_mean_log_probabilities(model, items):
         dla.margins(model, [item], "agreement")
     with pytest.raises(ArgumentError, match="without a token"):
         dla.answer_margin(model, item.conflict, item.obeys_rule[:0], item.obeys_clause)
+
+
+def test_margins_and_replies_of_a_model_that_is_being_trained_are_the_same(tokenizer, items):
+    host = tiny_host(
+        "gpt2", num_hidden_layers=2, vocab_size=len(tokenizer), n_positions=512, resid_pdrop=0.5, embd_pdrop=0.5
+    )[0]
+    still = dla.margins(host, items[:2]), dla.replies(host, tokenizer, items[:1], new_tokens=6)
+    host.train()
+    assert (dla.margins(host, items[:2]), dla.replies(host, tokenizer, items[:1], new_tokens=6)) == still
+    assert host.training
+
+
+def test_a_window_wider_than_the_model_is_refused_before_heads_are_silenced(model, items, held):
+    told = []
+    with pytest.raises(ArgumentError, match=r"window: got 9, expected 1\.\.3 layers"):
+        dla.localize(model, items[:1], held[:1], window=9, tell=lambda what, done, total: told.append(what))
+    assert told == ["reading pairs"]
 
 
 def test_replies_are_turns_that_judges_can_mark(model, tokenizer, items):

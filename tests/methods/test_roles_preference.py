@@ -13,6 +13,7 @@ from headway.hosts.tiny import tiny_host
 from headway.methods.diagnosis import diagnose_localize_align as dla
 from headway.methods.diagnosis.diagnose_localize_align.preference import constant_reward
 from headway.methods.diagnosis.diagnose_localize_align.reference import adapters_off, read_reference
+from headway.methods.diagnosis.diagnose_localize_align.training import _Objective, collate
 
 ZERO, ONE = torch.zeros(1, 2), torch.ones(1, 2)
 
@@ -248,6 +249,83 @@ def test_credit_is_the_attention_of_focal_heads_to_the_rule(model):
     credit = (maps[1][0, 2, rows, 1:4].sum(-1) + maps[2][0, 1, rows, 1:4].sum(-1)) / 2
     expected = dla.attention_weights(credit[None], torch.ones(1, pair.chosen.numel()).bool(), strength=1.0)[0]
     assert torch.allclose(found.weights[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "words"), [([(1, 9)], "heads of layer 1: got 9"), ([(1, -1)], "got -1")])
+def test_heads_that_are_not_there_are_named(model, heads, words):
+    with pytest.raises(ArgumentError, match=words):
+        read_reference(model, pairs(1), dla.AlignSettings(), heads=heads)
+
+
+def answer_logps(model, prompt, answer):
+    with torch.no_grad():
+        scores = model(input_ids=torch.cat([prompt, answer])[None]).logits[0, prompt.numel() - 1 : -1].log_softmax(-1)
+    return scores.gather(-1, answer[:, None])[:, 0]
+
+
+def test_rewards_are_what_the_reward_model_adds_to_the_reference(model):
+    """w⁺ = 1 + aβ (log π_R − log π_ref) by token of the chosen answer, w⁻ with the other sign."""
+    teacher = tiny_host("llama", max_position_embeddings=64, num_hidden_layers=3, seed=3)[0].eval()
+    settings = dla.AlignSettings(weights="reward", beta=0.2, strength=0.7)
+    pair = pairs(1)[0]
+    (found,) = read_reference(model, [pair], settings, reward_model=teacher)
+    for weights, answer, sign in zip(found.weights, (pair.chosen, pair.rejected), (1, -1), strict=True):
+        reward = answer_logps(teacher, pair.prompt, answer) - answer_logps(model, pair.prompt, answer)
+        assert reward.abs().max() > 0.1
+        assert torch.allclose(weights, 1 + sign * 0.7 * 0.2 * reward, atol=1e-5)
+    (same,) = read_reference(model, [pair], settings, reward_model=model)
+    assert all(torch.equal(side, torch.ones_like(side)) for side in same.weights)
+
+
+def test_a_batch_is_its_pairs_whatever_their_length(model):
+    """Loss and gradient of padded pairs are the mean of those of each pair alone."""
+    given = pairs(3)
+    assert len({p.prompt.numel() + p.chosen.numel() for p in given}) > 1
+    policy = tiny_host("llama", max_position_embeddings=64, num_hidden_layers=3, seed=5)[0].eval()
+    references = read_reference(model, given, dla.AlignSettings(strength=1.0), heads=[(1, 0)])
+
+    def loss_of(rows):
+        policy.zero_grad()
+        batch = collate([given[i] for i in rows], [references[i] for i in rows])
+        found = _Objective(0.3)(policy, batch)
+        found.value.backward()
+        return float(found.value.detach()), policy.model.layers[1].self_attn.q_proj.weight.grad.clone()
+
+    alone = [loss_of([i]) for i in range(3)]
+    loss, gradient = loss_of([0, 1, 2])
+    assert loss != pytest.approx(math.log(2), abs=1e-3)
+    assert loss == pytest.approx(sum(one for one, _ in alone) / 3, abs=1e-6)
+    assert torch.allclose(gradient, sum(one for _, one in alone) / 3, atol=1e-6)
+
+
+def test_a_batch_has_weights_on_answers_alone(model):
+    given = pairs(3)
+    references = read_reference(model, given, dla.AlignSettings(), heads=[(1, 0)])
+    batch = collate(given, references)
+    assert bool((batch["weights"][~batch["response"]] == 0).all())
+    assert batch["weights"].sum(-1).tolist() == pytest.approx(batch["response"].sum(-1).tolist(), abs=1e-4)
+    assert batch["response"].sum(-1).tolist() == [p.chosen.numel() for p in given] + [p.rejected.numel() for p in given]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 16])
+def test_lora_scales_by_alpha_over_rank_also_when_alpha_is_no_whole_number(model, alpha):
+    pytest.importorskip("peft")
+    ids = torch.arange(5, 12)[None]
+    plain = model.model.layers[1].self_attn.q_proj.weight.detach().clone()
+    adapted = dla.add_lora(model, "1", rank=4, alpha=alpha)
+    layer = adapted.model.get_base_model().model.layers[1].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(0))
+        states = torch.randn(1, 7, plain.shape[1], generator=torch.Generator().manual_seed(1))
+        added = states @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
+        assert torch.allclose(layer(states) - states @ plain.T, alpha / 4 * added, atol=1e-5)
+        assert torch.isfinite(adapted.model(input_ids=ids).logits).all()
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": math.nan}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_sizes_of_adapters_that_cannot_be_are_refused(model, options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        dla.add_lora(model, "1", **options)
 
 
 def test_useless_pairs_are_dropped_with_a_count_and_a_warning(caplog):

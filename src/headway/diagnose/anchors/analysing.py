@@ -16,6 +16,7 @@ from torch import nn
 from headway.diagnose.anchors.columns import Columns
 from headway.diagnose.anchors.findings import agreements, findings
 from headway.diagnose.anchors.result import Anchors, TraceAnchors
+from headway.diagnose.hosts import check_continues_text
 from headway.errors import ArgumentError
 from headway.hosts import positions_of
 from headway.hosts.facts import model_facts, versions
@@ -49,7 +50,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("rollouts", 0), ("orders", 0), ("proximity", 1), ("top", 1), ("tokens", 1)):
+        for name, least in (("rollouts", 0), ("orders", 0), ("proximity", 1), ("top", 1), ("tokens", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name}: got {getattr(self, name)}, expected at least {least}.")
         if self.settle is not None and not self.settle > 0:
@@ -64,6 +65,7 @@ class _Reading:
 
     trace: Trace
     vertical: np.ndarray | None = None
+    layers: tuple[int, ...] = ()
 
 
 def diagnose_anchors(
@@ -82,18 +84,21 @@ def diagnose_anchors(
     """The anchors of traces under a model.
 
     sampler: draws rollouts, by default from the model itself; encoder: tells alike sentences, by default MiniLM; both
-    are used only where `options.rollouts` asks for rollouts. labels: categories of sentences. out: a folder for
-    finished parts; a run that was interrupted goes on from there. Raises ArgumentError for no traces and for ones that
-    are longer than the model has positions."""
+    are used only where `options.rollouts` asks for rollouts. A sampler tells by `settings` what its rollouts depend on,
+    as `LocalSampler` does; one without is known by its name alone, so give another one another folder. labels:
+    categories of sentences. out: a folder for finished parts; a run that was interrupted goes on from there. Raises
+    ArgumentError for no traces and for ones that are longer than the model has positions, HostError for a model that
+    does not continue text."""
     start = time.perf_counter()
     wanted = options if options is not None else Options()
     tell = progress if progress is not None else lambda *_: None
-    _check(model, traces)
+    _check(model, tokenizer, traces)
     readings = _read(model, traces, wanted, tell)
     known = [r.vertical for r in readings if r.vertical is not None]
     kurtoses = [method.kurtosis(v) for v in known]
     mean = method.mean_kurtosis(kurtoses) if kurtoses else None
-    skip = SKIPPED_LAYERS if mean is not None and len(mean) > 1 else ()
+    layers = next((r.layers for r in readings if r.vertical is not None), ())
+    skip = [row for row, layer in enumerate(layers) if layer in SKIPPED_LAYERS] if len(layers) > 1 else []
     heads = method.receiver_heads(mean, top=wanted.top, skip_layers=skip) if mean is not None else []
     done = [
         _one(model, tokenizer, r, heads, wanted, encoder, sampler, labels, out, tell, f"{i + 1} of {len(readings)}")
@@ -104,7 +109,8 @@ def diagnose_anchors(
         run=_run_facts(wanted, done),
         traces=done,
         kurtosis=[] if mean is None else np.where(np.isfinite(mean), mean, np.nan).tolist(),
-        receivers=[] if mean is None else [[*h, float(mean[h])] for h in heads],
+        layers=list(layers),
+        receivers=[] if mean is None else [[layers[row], head, float(mean[row, head])] for row, head in heads],
         reliability=method.split_half_reliability(kurtoses).to_dict() if len(kurtoses) > 1 else None,
         ablation=_ablation(model, readings, heads, mean, wanted, tell),
         categories=_categories(done),
@@ -122,7 +128,7 @@ def _read(model: nn.Module, traces: Sequence[Trace], options: Options, tell: Tel
         tell("reading attention", i, len(traces))
         reading = _Reading(trace)
         if len(trace) >= 2 * options.proximity:
-            maps = method.sentence_maps(model, trace.input_ids, trace.tokens)
+            maps, reading.layers = method.layered_maps(model, trace.input_ids, trace.tokens)
             reading.vertical = method.vertical_scores(
                 maps, proximity=options.proximity, depth_control=options.depth_control
             )
@@ -215,7 +221,7 @@ def _importance(
     if not options.rollouts:
         return []
     draws: Any = LocalSampler(model, tokenizer, max_tokens=options.tokens) if sampler is None else sampler
-    settings = getattr(draws, "settings", {"sampler": type(draws).__name__})
+    settings = getattr(draws, "settings", {"sampler": getattr(draws, "__qualname__", type(draws).__qualname__)})
     settled = None
     if options.settle is not None:
         settled = method.settled_starts(trace, extract=options.extract, width=options.settle)
@@ -268,8 +274,9 @@ def _ablation(
     shape = (int(mean.shape[0]), int(mean.shape[1]))
     first = max(trace.tokens[0][0], 1)
     found = method.ablate(
-        model, trace.input_ids, heads, shape=shape, first=first, draws=CONTROLS, generator=options.seed
-    )
+        model, trace.input_ids, heads, shape=shape, first=first, draws=CONTROLS, generator=options.seed,
+        layers=next(r.layers for r in readings if r.vertical is not None),
+    )  # fmt: skip
     rises = [c - found.plain for c in found.controls]
     return {"trace": trace.name, "plain": found.plain, "rise": found.rise, "controls": rises, "p": found.null.p_value}
 
@@ -280,9 +287,10 @@ def _categories(traces: Sequence[TraceAnchors]) -> dict[str, dict[str, Any]]:
     return {name: m.to_dict() for name, m in method.by_category(labels, values).items()}
 
 
-def _check(model: nn.Module, traces: Sequence[Trace]) -> None:
+def _check(model: nn.Module, tokenizer: Any, traces: Sequence[Trace]) -> None:
     if not traces:
         raise ArgumentError("traces: got none, expected at least one. Use `read_trace`, or `think`.")
+    check_continues_text(model, tokenizer)
     room = positions_of(model)
     for trace in traces:
         if room is not None and len(trace.ids) > room:
@@ -293,7 +301,7 @@ def _check(model: nn.Module, traces: Sequence[Trace]) -> None:
 
 def _run_facts(options: Options, traces: Sequence[TraceAnchors]) -> dict[str, Any]:
     settings = {k: v for k, v in asdict(options).items() if k != "extract"}
-    settings["answer"] = getattr(options.extract, "__name__", "given")
+    settings["answer"] = getattr(options.extract, "__name__", repr(options.extract))
     return {
         "date": datetime.now(UTC).date().isoformat(),
         **versions(),

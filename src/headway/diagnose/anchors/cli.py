@@ -19,6 +19,7 @@ def anchors(
     answer: Annotated[
         str | None, typer.Option(help="Regular expression with a group for the answer (default: boxed or stated).")
     ] = None,
+    which: Annotated[str, typer.Option("--which-answer", help="Where several stand: the last or the first.")] = "last",
     settle: Annotated[
         float | None, typer.Option(help="Stop drawing where importance is known to so many nats.")
     ] = None,
@@ -46,6 +47,7 @@ def anchors(
         tokens=tokens,
         rollouts=rollouts,
         answer=answer,
+        which=which,
         settle=settle,
         proximity=proximity,
         top=top,

@@ -9,11 +9,12 @@ from rich.console import Console
 
 from headway.diagnose.anchors.analysing import Options, diagnose_anchors
 from headway.diagnose.anchors.traces import QUESTIONS, read_traces, think
+from headway.diagnose.hosts import check_continues_text
 from headway.errors import ArgumentError
 from headway.hosts import load
 from headway.hosts.fingerprint import fingerprint
 from headway.hosts.rows import check_policy
-from headway.methods.diagnosis.thought_anchors import Trace, estimate, pattern_answer, read_trace, stated_answer
+from headway.methods.diagnosis.thought_anchors import Trace, answer_reader, estimate, read_trace
 from headway.pages.console import check_folder, deliver, going_on, progress_bar
 from headway.parts import Parts
 from headway.progress import Tell
@@ -27,6 +28,7 @@ def run(
     tokens: int = 200,
     rollouts: int = 0,
     answer: str | None = None,
+    which: str = "last",
     settle: float | None = None,
     proximity: int = 4,
     top: int = 20,
@@ -52,7 +54,7 @@ def run(
     options = Options(
         rollouts=rollouts,
         settle=settle,
-        extract=stated_answer if answer is None else pattern_answer(answer),
+        extract=answer_reader(answer, which),
         tokens=tokens,
         proximity=proximity,
         top=top,
@@ -66,6 +68,7 @@ def run(
     with going_on(out / "parts"), progress_bar(console) as tell:
         tell(f"loading {model}", 0, 1)
         host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_continues_text(host, tokenizer)
         given, left_out = _traces(host, tokenizer, traces, question, bad_rows, options, out, tell)
         if rollouts:
             for trace in given:

@@ -41,6 +41,7 @@ def payload(found: Anchors) -> dict[str, Any]:
             "methods": METHODS,
             "traces": [_trace(t) for t in found.traces],
             "kurtosis": found.kurtosis,
+            "layers": found.layers or list(range(len(found.kurtosis))),
             "receivers": [[int(layer), int(head), peak] for layer, head, peak in found.receivers],
             "agreement": found.agreement,
             "categories": [[name.replace("_", " "), m] for name, m in found.categories.items()],

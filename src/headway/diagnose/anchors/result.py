@@ -42,13 +42,15 @@ class TraceAnchors:
 
 @dataclass(kw_only=True)
 class Anchors:
-    """A finished diagnosis. `kurtosis[layer][head]` over traces (NaN where undefined), `receivers` (layer, head,
-    kurtosis); `reliability`, `agreement` and `categories` are measurements as dictionaries."""
+    """A finished diagnosis. `kurtosis[row][head]` over traces (NaN where undefined), `layers` the layer number of each
+    row, `receivers` (layer, head, kurtosis); `reliability`, `agreement` and `categories` are measurements as
+    dictionaries."""
 
     model: dict[str, Any]
     run: dict[str, Any]
     traces: list[TraceAnchors]
     kurtosis: list[list[float]] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
     receivers: list[list[float]] = field(default_factory=list)
     reliability: dict[str, Any] | None = None
     ablation: dict[str, Any] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from headway.errors import HeadwayError
+from headway.errors import ArgumentError, HeadwayError
 from headway.hosts import read_text
 from headway.hosts.rows import check_policy, holds_rows, read_objects
 from headway.methods.diagnosis.thought_anchors import LocalSampler, Prefix, Trace, read_trace
@@ -64,10 +64,12 @@ def _templated(tokenizer: Any) -> bool:
 
 
 def _row(tokenizer: Any, row: dict[str, Any], name: str) -> Trace:
+    if not isinstance(row.get("prompt") or "", str):
+        raise ArgumentError(f"prompt: got {row['prompt']!r}, expected text.")
     return read_trace(
         row["text"],
         tokenizer,
-        prompt=str(row.get("prompt") or ""),
+        prompt=row.get("prompt") or "",
         sentences=row.get("sentences"),
         name=str(row.get("name") or name),
         answer=None if row.get("answer") is None else str(row["answer"]),

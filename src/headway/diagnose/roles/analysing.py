@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from headway.diagnose.hosts import check_continues_text
 from headway.diagnose.roles.aligning import Cases, align_layers, item_margin
 from headway.diagnose.roles.findings import findings, warnings
 from headway.diagnose.roles.marking import marked
@@ -69,9 +70,15 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("items", 1), ("held_out", 1), ("draws", 1), ("new_tokens", 0), ("align", 0), ("rank", 1)):
+        for name, least in (
+            ("items", 1), ("held_out", 1), ("draws", 1), ("new_tokens", 0), ("align", 0), ("rank", 1), ("seed", 0),
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name}: got {getattr(self, name)}, expected at least {least}.")
+        if self.window is not None and self.window < 1:
+            raise ArgumentError(f"window: got {self.window}, expected at least 1 layer, or None for the cover.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ArgumentError(f"learning_rate: got {self.learning_rate}, expected a number above 0.")
         for name, valid in (("kinds", tuple(method.KINDS)), ("relations", method.RELATIONS)):
             given = getattr(self, name)
             for one in given:
@@ -117,11 +124,12 @@ def diagnose_roles(
 
     model, tokenizer: needed unless `localize` is off. conversations: see `read_conversations`. out: a folder for
     finished parts; a run that was interrupted goes on from there. Raises ArgumentError where there is nothing to do,
-    for judges of one name, and for a tokenizer whose chat template drops what was said."""
+    for judges of one name, and for a tokenizer whose chat template drops what was said, HostError for a model that
+    does not continue text."""
     start = time.perf_counter()
     wanted = options if options is not None else Options()
     tell = progress if progress is not None else lambda *_: None
-    _check(model, conversations, judges, localize)
+    _check(model, tokenizer, conversations, judges, localize)
     store = None if out is None else Path(out)
     found = Roles(model={"name": name or "a log"} if model is None else model_facts(model, name), run={})
     if conversations is not None:
@@ -281,10 +289,16 @@ def _localisation(found: Localisation, weights: Sequence[float] | None, items: S
 
 
 def _check(
-    model: nn.Module | None, conversations: Conversations | None, judges: Sequence[Judge], localize: bool
+    model: nn.Module | None,
+    tokenizer: Any,
+    conversations: Conversations | None,
+    judges: Sequence[Judge],
+    localize: bool,
 ) -> None:
     if localize and model is None:
         raise ArgumentError("model: got none, expected a model to find heads in. Give one, or localize=False.")
+    if localize:
+        check_continues_text(model, tokenizer)
     if conversations is None and not localize:
         raise ArgumentError("conversations, localize: got neither, expected a log to mark or a model to look into.")
     names = [judge.name for judge in judges]

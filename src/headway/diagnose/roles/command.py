@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from headway.diagnose.hosts import check_continues_text
 from headway.diagnose.roles.analysing import Options, diagnose_roles
 from headway.errors import ArgumentError, unknown
 from headway.hosts import load
@@ -78,6 +79,7 @@ def run(
         if looked_into or "model" in wanted:
             tell(f"loading {model}", 0, 1)
             host, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            check_continues_text(host, tokenizer)
         judges: list[Judge] = [RuleJudge() if name == "rules" else ModelJudge(host, tokenizer) for name in wanted]
         found = diagnose_roles(
             host,

@@ -39,6 +39,11 @@ def warnings(found: Roles) -> list[str]:
             f"Conflicts come from short templates of {_kinds(found.run.get('settings', {}))}. What they show need not "
             "hold for conflicts in long conversations."
         )
+        weigh = found.run.get("settings", {}).get("weigh", "even")
+        if weigh != "even" and found.localisation["weights"] is None:
+            told.append(
+                f"By {weigh} no conflict cost anything, so there was nothing to weigh by: all cases count alike."
+            )
         if found.localisation["gates"]["focal"]["value"] == 0:
             told.append(
                 "Silencing the focal heads changed nothing at all; the model may not use them for these answers."

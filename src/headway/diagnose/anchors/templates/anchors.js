@@ -150,7 +150,7 @@ section("heads", (body) => {
     const [layers, heads] = [DATA.kurtosis.length, DATA.kurtosis[0].length];
     const ring = { type: "scatter", mode: "markers", x: DATA.receivers.map(([layer]) => layer), y: DATA.receivers.map(([, head]) => head), hoverinfo: "skip", marker: { symbol: "circle-open", size: 9, color: css("--accent"), line: { width: 2 } } };
     return {
-      traces: [{ type: "heatmap", z: DATA.kurtosis[0].map((_, head) => DATA.kurtosis.map((row) => row[head])), colorscale: plotlyScale(ramps().sequential), hoverinfo: "none", colorbar: colourBar("kurtosis") }, ring],
+      traces: [{ type: "heatmap", x: DATA.layers, z: DATA.kurtosis[0].map((_, head) => DATA.kurtosis.map((row) => row[head])), colorscale: plotlyScale(ramps().sequential), hoverinfo: "none", colorbar: colourBar("kurtosis") }, ring],
       layout: { ...frame(Math.min(Math.max(22 * heads, 140), 480)), xaxis: { title: { text: "layer" }, dtick: tickStep(layers), showgrid: false, zeroline: false }, yaxis: { title: { text: "head" }, dtick: tickStep(heads), showgrid: false, zeroline: false } },
     };
   }, () => tipFor(node, ({ x, y, z }) => [`Layer ${x}, head ${y}`, `kurtosis ${number(z, false)}`]));

@@ -11,6 +11,7 @@ output projections of the focal layers; everything else is frozen.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,10 @@ def add_lora(
 
     if rank < 1:
         raise ArgumentError(f"rank: got {rank}, expected at least 1.")
+    if not (math.isfinite(alpha) and alpha > 0) or not 0 <= dropout < 1:
+        raise ArgumentError(
+            f"alpha, dropout: got {alpha} and {dropout}, expected a number above 0 and a share in [0, 1)."
+        )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -115,7 +120,8 @@ def add_lora(
         torch.manual_seed(seed)
         adapted = get_peft_model(
             model,
-            LoraConfig(r=rank, lora_alpha=int(alpha), lora_dropout=dropout, target_modules=exact, bias="none"),
+            # peft writes whole numbers and takes any: the factor is α / r.
+            LoraConfig(r=rank, lora_alpha=_plain(alpha), lora_dropout=dropout, target_modules=exact, bias="none"),
         )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     expected = sum(rank * (d_in + d_out) for d_in, d_out in sizes.values())
@@ -125,6 +131,10 @@ def add_lora(
             "model holds adapters already; load it anew."
         )
     return Adapted(adapted, names, trainable)
+
+
+def _plain(alpha: float) -> Any:
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _linear_maps(module: nn.Module) -> list[str]:

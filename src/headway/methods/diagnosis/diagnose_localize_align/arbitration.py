@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError, unknown
 from headway.methods.diagnosis.diagnose_localize_align.conversations import Turn
 from headway.methods.diagnosis.diagnose_localize_align.drift import last_logits
@@ -66,7 +67,8 @@ def answer_margin(
         ids[row, : start + answer.numel()] = torch.cat([prompt, answer])
         response[row, start : start + answer.numel()] = True
     # Padding stands behind the answers, where a causal model cannot look.
-    logits = last_logits(model, ids.to(device), longest + 1).cpu()
+    with evaluating(model):
+        logits = last_logits(model, ids.to(device), longest + 1).cpu()
     scores = token_logps(logits, ids[:, start - 1 :], response[:, start - 1 :]).sum(-1) / response.sum(-1)
     return float(scores[0] - scores[1])
 
@@ -88,13 +90,14 @@ def replies(
     device = next(model.parameters()).device
     for number, (item, condition) in enumerate(work):
         prompt = getattr(item, condition)[None].to(device)
-        made = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
+        with evaluating(model):
+            made = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
         text = tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
         turns.append(
             Turn(

@@ -158,10 +158,12 @@ def _conversation(row: Any, form: str, line: int) -> tuple[list[Turn], int]:
     if not isinstance(row, Mapping):
         raise ValueError(f"got {type(row).__name__}, expected a JSON object")
     chosen = _form_of(row) if form == "auto" else form
-    rules = Rules.from_dict(row.get("rules", {}))
+    # A field that is null is one that was not given: exports write both.
+    given = {name: value for name, value in row.items() if value is not None}
+    rules = Rules.from_dict(given.get("rules", {}))
     shared: dict[str, Any] = {
-        "conversation": str(row.get("id", f"line {line}")),
-        "condition": str(row.get("condition", "")),
+        "conversation": str(given.get("id", f"line {line}")),
+        "condition": str(given.get("condition", "")),
         "rules": rules,
         "line": line,
     }
@@ -292,4 +294,6 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"rules.{name}: got {value!r}, expected a list of texts")
+    if not all(entry.removeprefix("!").strip() for entry in entries):
+        raise ValueError(f"rules.{name}: got an empty text, which every reply holds; leave it out")
     return tuple(entries)

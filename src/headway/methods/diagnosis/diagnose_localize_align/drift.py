@@ -30,6 +30,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from headway.door import capture, use
+from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError
 
 EPS = 1e-6
@@ -99,7 +100,7 @@ def attention_drift(
     for pair in pairs:
         _check(pair, by)
     # The outer scope tests the host once; the readings inside need no test of their own.
-    with use(model):
+    with evaluating(model), use(model):
         for number, pair in enumerate(pairs):
             same = pair.neutral.numel() == pair.conflict.numel()
             sides = [pair.neutral, pair.conflict]

@@ -23,7 +23,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError
+from headway.hosts.fingerprint import fingerprint as fingerprint_of_model
 from headway.methods.diagnosis.diagnose_localize_align.conversations import Turn
 from headway.methods.diagnosis.diagnose_localize_align.rubric import (
     DIMENSIONS,
@@ -35,6 +37,7 @@ from headway.methods.diagnosis.diagnose_localize_align.rubric import (
     Rubric,
     json_object,
 )
+from headway.parts import key_of
 
 MARKS = ("1", "2", "3", "4", "5")
 #: Words of the role's lexicon after which role consistency is full.
@@ -104,7 +107,8 @@ class RuleJudge:
 @dataclass(frozen=True)
 class TextJudge:
     """Marks from a callable `ask(prompt) -> text`, such as a client of a served model. `retries` further answers are
-    asked for when one cannot be read. The released settings are temperature 0.3 and 10,240 new tokens."""
+    asked for when one cannot be read. The released settings are temperature 0.3 and 10,240 new tokens. `name` should
+    say which model answers: kept marks are used again for a judge of the same name."""
 
     ask: Ask
     name: str = "text"
@@ -140,6 +144,8 @@ class ModelJudge:
             )
         self.model, self.tokenizer, self.name, self.calibrate = model, tokenizer, name, calibrate
         self._ids = torch.tensor([one[0] for one in ids])
+        # A folder may hold other weights tomorrow, and one dtype marks a little unlike another.
+        self._weights = key_of([fingerprint_of_model(model).weights, str(next(model.parameters()).dtype)])[:8]
         self._empty: dict[tuple[str, str, str], torch.Tensor] = {}
 
     def judge(self, turn: Turn, rubric: Rubric) -> Judgement:
@@ -155,7 +161,7 @@ class ModelJudge:
 
     def identity(self) -> str:
         where = getattr(self.model, "name_or_path", "") or type(self.model).__name__
-        return f"{self.name}, {where}, {'calibrated' if self.calibrate else 'plain'}"
+        return f"{self.name}, {where} {self._weights}, {'calibrated' if self.calibrate else 'plain'}"
 
     def _baseline(self, question: str, rubric: Rubric, dimension: str) -> torch.Tensor:
         key = (question, rubric.text(dimension), dimension)
@@ -168,7 +174,8 @@ class ModelJudge:
         prompt = _short_prompt(question, self._cut(reply), rubric, dimension)
         ids = self.tokenizer(self._as_chat(prompt), add_special_tokens=False, return_tensors="pt")["input_ids"]
         device = next(self.model.parameters()).device
-        logits = self.model(input_ids=ids.to(device), use_cache=False).logits[0, -1].float().cpu()
+        with evaluating(self.model):
+            logits = self.model(input_ids=ids.to(device), use_cache=False).logits[0, -1].float().cpu()
         return logits.log_softmax(-1)[self._ids]
 
     def _cut(self, reply: str) -> str:

@@ -91,6 +91,7 @@ def localize(
     found, plain = _drifts(model, items, keep, name, tell, "reading pairs")
     scores = found.scores(weights)
     rows = focal_heads(scores, share=share)
+    chosen_layers = focal_layers(scores, rows, cover=cover, window=window)
     held, held_plain = _drifts(model, held_out, keep, name, tell, "reading held-out pairs")
     random = np.random.default_rng(seed)
     focal = [(found.layers[row], head) for row, head in rows]
@@ -108,7 +109,6 @@ def localize(
         keep=lambda heads, make: keep.data([name, "gated", [_asked(item) for item in judged], heads], make),
         progress=None if tell is None else lambda done, total: tell("silencing heads", done, total),
     )
-    chosen_layers = focal_layers(scores, rows, cover=cover, window=window)
     return Localisation(
         layers=found.layers,
         scores=scores,

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headway.door import capture, use
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, unknown
 from headway.methods.diagnosis.diagnose_localize_align import preference
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ def _with_credit(
     with capture(base, what=("span_mass",), layers=layers, rows=rows, spans=(system,), selftest=False) as reading:
         logits = base(input_ids=ids, use_cache=False).logits
     captured = reading.result()
+    for layer, head in heads:
+        count = captured[layer]["span_mass"].shape[1]
+        if not 0 <= head < count:
+            raise unknown(f"heads of layer {layer}", head, range(count))
     masses = [captured[layer]["span_mass"][0, head, :, 0] for layer, head in heads]
     return logits, torch.stack(masses).mean(0).cpu()
 

@@ -16,6 +16,7 @@ from headway.card import Card
 from headway.methods.diagnosis.thought_anchors.ablation import Ablation, ablate
 from headway.methods.diagnosis.thought_anchors.answers import (
     NO_ANSWER,
+    answer_reader,
     boxed_answer,
     normalised,
     pattern_answer,
@@ -52,6 +53,7 @@ from headway.methods.diagnosis.thought_anchors.importance import (
 )
 from headway.methods.diagnosis.thought_anchors.receivers import (
     kurtosis,
+    layered_maps,
     mean_kurtosis,
     position_null,
     receiver_heads,
@@ -111,6 +113,7 @@ __all__ = [
     "Trace",
     "ablate",
     "agreement",
+    "answer_reader",
     "boxed_answer",
     "by_category",
     "collect",
@@ -123,6 +126,7 @@ __all__ = [
     "exact_encoder",
     "kurtosis",
     "label_prompt",
+    "layered_maps",
     "mean_attention",
     "mean_auroc",
     "mean_kurtosis",

@@ -45,14 +45,21 @@ def ablate(
     first: int = 1,
     draws: int = 10,
     generator: np.random.Generator | int = 0,
+    layers: Sequence[int] | None = None,
 ) -> Ablation:
     """The loss of tokens from `first` on with the output of `heads` times `factor`, and with `draws` sets of other
-    heads of the same layers. `shape` is the model's (layers, heads)."""
+    heads of the same layers. `shape` is the (layers, heads) of scores, `layers` the layer number of each of its rows
+    (by default the row itself); `heads` name rows."""
+    numbers = range(shape[0]) if layers is None else layers
+
+    def loss(some: Sequence[Head]) -> float:
+        return gated_loss(model, ids, [(numbers[row], head) for row, head in some], factor=factor, first=first)
+
     with evaluating(model):
         plain = gated_loss(model, ids, (), first=first)
-        gated = gated_loss(model, ids, heads, factor=factor, first=first)
+        gated = loss(heads)
         sets = matched_controls(heads, shape, np.random.default_rng(generator), draws=draws)
-        others = [gated_loss(model, ids, chosen, factor=factor, first=first) for chosen in sets]
+        others = [loss(chosen) for chosen in sets]
     return Ablation(plain, gated, tuple(others), against_null(gated - plain, [o - plain for o in others]))
 
 

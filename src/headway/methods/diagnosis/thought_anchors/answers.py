@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 from headway.errors import ArgumentError, unknown
 
@@ -15,6 +16,8 @@ Extractor = Callable[[str], str | None]
 #: The category of texts from which no answer could be taken. No extractor returns it.
 NO_ANSWER = "(no answer)"
 WHICH = ("first", "last")
+#: A comma inside a number parts thousands; one behind it belongs to the sentence.
+_NUMBER = r"-?\d(?:[\d,]*\d)?(?:\.\d+)?"
 
 
 def boxed_answer(text: str, *, which: str = "last") -> str | None:
@@ -43,14 +46,29 @@ def pattern_answer(pattern: str, *, which: str = "last") -> Extractor:
     return extract
 
 
-def stated_answer(text: str) -> str | None:
-    """The last boxed answer; without one the number behind the last "answer is" or "answer:", else the last number."""
-    boxed = boxed_answer(text)
+def stated_answer(text: str, *, which: str = "last") -> str | None:
+    """The last boxed answer; without one the number behind the last "answer is" or "answer:", else the last number.
+    which: "first" takes the first of each."""
+    boxed = boxed_answer(text, which=which)
     if boxed is not None:
         return boxed
-    said = re.findall(r"answer(?:\s+is|:)[^\d\-\n]{0,40}(-?\d[\d,]*(?:\.\d+)?)", text, re.IGNORECASE)
-    numbers = said or re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return normalised(numbers[-1]) if numbers else None
+    said = re.findall(rf"answer(?:\s+is|:)[^\d\-\n]{{0,40}}({_NUMBER})", text, re.IGNORECASE)
+    numbers = said or re.findall(_NUMBER, text)
+    return normalised(numbers[0 if which == "first" else -1]) if numbers else None
+
+
+def answer_reader(pattern: str | None = None, which: str = "last") -> Extractor:
+    """The extractor that a user asks for: by a regular expression, or `stated_answer` without one. Its `__name__` says
+    what it takes."""
+    if which not in WHICH:
+        raise unknown("which", which, WHICH)
+    chosen = partial(stated_answer, which=which) if pattern is None else pattern_answer(pattern, which=which)
+
+    def extract(text: str) -> str | None:
+        return chosen(text)
+
+    extract.__name__ = f"{which} {'boxed or stated' if pattern is None else pattern}"
+    return extract
 
 
 def normalised(answer: str) -> str:

@@ -41,7 +41,15 @@ TOP_HEADS, SKIPPED_LAYERS = 20, (0,)
 def sentence_maps(
     model: nn.Module, ids: Int[Tensor, "1 tokens"], spans: Sequence[Span]
 ) -> Float[np.ndarray, "layers heads n n"]:
-    """B of every layer and head, in the order of layers; upper triangle NaN. One forward, by reductions at the door."""
+    """B of every layer and head, in the order of layers; upper triangle NaN. One forward, by reductions at the door.
+    Layers without self-attention have no row: `layered_maps` tells the numbers of those that have."""
+    return layered_maps(model, ids, spans)[0]
+
+
+def layered_maps(
+    model: nn.Module, ids: Int[Tensor, "1 tokens"], spans: Sequence[Span]
+) -> tuple[Float[np.ndarray, "layers heads n n"], tuple[int, ...]]:
+    """`sentence_maps`, and the number of the layer behind each of its rows."""
     spec = CaptureSpec(what=("block_mean",), spans=tuple(spans))
     # Logits of all tokens are a fifth of a small model's forward, and nobody reads them here.
     short = {"logits_to_keep": 1} if "logits_to_keep" in signature(type(model).forward).parameters else {}
@@ -49,10 +57,11 @@ def sentence_maps(
         model(input_ids=ids, use_cache=False, **short)
     found = handle.result()
     names = sorted(found.sites, key=lambda name: found.sites[name].layer)
-    maps = [found[name]["block_mean"] for name in names if found.sites[name].kind == "self"]
+    names = [name for name in names if found.sites[name].kind == "self"]
+    maps = [found[name]["block_mean"] for name in names]
     if len({m.shape for m in maps}) != 1:
         raise ArgumentError("model: got layers with different numbers of heads, expected the same in every layer.")
-    return torch.stack(maps)[:, 0].numpy(force=True)
+    return torch.stack(maps)[:, 0].numpy(force=True), tuple(found.sites[name].layer for name in names)
 
 
 def vertical_scores(
@@ -84,10 +93,17 @@ def vertical_scores(
 
 
 def kurtosis(vertical: Float[np.ndarray, "*heads n"]) -> Float[np.ndarray, "*heads"]:
-    """Fisher's kurtosis m4 / m2² − 3 of the known entries (biased moments); −∞ where they are all alike."""
-    mean = np.nanmean(vertical, -1, keepdims=True)
+    """Fisher's kurtosis m4 / m2² − 3 of the known entries (biased moments); −∞ where they are all alike, or none is
+    known (a window that no far sentence is in)."""
+    known = np.isfinite(vertical)
+    count = np.maximum(known.sum(-1, keepdims=True), 1)
+
+    def moment(values: np.ndarray) -> np.ndarray:
+        return np.where(known, values, 0.0).sum(-1, keepdims=True) / count
+
+    mean = moment(vertical)
     off = vertical - mean
-    second, fourth = np.nanmean(off**2, -1), np.nanmean(off**4, -1)
+    second, fourth = moment(off**2)[..., 0], moment(off**4)[..., 0]
     # Differences at the size of rounding are none: a head of constant attention has no peaks.
     alike = second <= (1e-12 * np.abs(mean[..., 0])) ** 2 + 1e-300
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError
+from headway.hosts import positions_of
 from headway.hosts.fingerprint import fingerprint
 from headway.methods.diagnosis.thought_anchors.sentences import Prefix, encode
 
@@ -28,8 +29,9 @@ TEMPERATURE, TOP_P, MAX_TOKENS = 0.6, 0.95, 16384
 class LocalSampler:
     """Continues prefixes with a transformers model: `LocalSampler(model, tokenizer, max_tokens=200)`.
 
-    temperature, top_p: of nucleus sampling. stop: token ids that end a rollout, by default the model's own. Raises
-    ArgumentError for a temperature of 0, at which all rollouts are one."""
+    temperature, top_p: of nucleus sampling. stop: token ids that end a rollout, by default the model's own. A rollout
+    ends where the model has no position left. Raises ArgumentError for a temperature of 0, at which all rollouts are
+    one, and for a prefix that fills all positions."""
 
     model: nn.Module
     tokenizer: Any
@@ -70,15 +72,25 @@ class LocalSampler:
         ids = list(prefix.ids) or encode(self.tokenizer, prefix.text)[0]
         if not ids:
             raise ArgumentError("prefix: got no tokens, expected a prompt before the first sentence. Give one.")
+        # The last token drawn is never read, so it needs no position.
+        room = positions_of(self.model)
+        limit = self.max_tokens if room is None else min(self.max_tokens, room - len(ids) + 1)
+        if limit < 1:
+            raise ArgumentError(
+                f"prefix: got {len(ids):,} tokens, and the model has {room:,} positions, expected room for one more. "
+                "Cut the trace."
+            )
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        rows = self._continue(torch.tensor([ids], dtype=torch.long, device=self._device()), generators)
+        rows = self._continue(torch.tensor([ids], dtype=torch.long, device=self._device()), generators, limit)
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def _continue(self, ids: Int[Tensor, "1 tokens"], generators: Sequence[torch.Generator]) -> list[list[int]]:
+    def _continue(
+        self, ids: Int[Tensor, "1 tokens"], generators: Sequence[torch.Generator], limit: int
+    ) -> list[list[int]]:
         rows: list[list[int]] = [[] for _ in generators]
         going = list(range(len(generators)))
         with evaluating(self.model):
@@ -86,7 +98,7 @@ class LocalSampler:
             cache = output.past_key_values
             cache.batch_repeat_interleave(len(generators))
             logits = output.logits[:, -1].expand(len(generators), -1)
-            for _ in range(self.max_tokens):
+            for _ in range(limit):
                 chosen = draw(logits, [generators[i] for i in going], temperature=self.temperature, top_p=self.top_p)
                 for i, token in zip(going, chosen.tolist(), strict=True):
                     rows[i].append(token)
@@ -97,7 +109,7 @@ class LocalSampler:
                     going = [going[at] for at in kept]
                     cache.batch_select_indices(torch.tensor(kept, device=ids.device))
                     chosen = chosen[kept]
-                if len(rows[going[0]]) < self.max_tokens:
+                if len(rows[going[0]]) < limit:
                     output = self.model(input_ids=chosen[:, None], past_key_values=cache, use_cache=True)
                     logits = output.logits[:, -1]
         return rows

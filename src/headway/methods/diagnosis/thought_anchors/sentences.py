@@ -100,15 +100,13 @@ def read_trace(
     of `prompt` + `text`. `answer` is the right final answer, where it is known.
 
     Raises ArgumentError for a text without sentences, for a given sentence that is not in the text (naming the nearest
-    place), and for ranges that overlap or run backwards."""
+    place), for ranges that overlap or run backwards, and for sentences that are neither."""
     whole = prompt + text
     if sentences is None:
         start, stop = reasoning_range(text)
         spans = [(len(prompt) + start + a, len(prompt) + start + b) for a, b in split_sentences(text[start:stop])]
-    elif sentences and isinstance(sentences[0], str):
-        spans = locate(whole, sentences, start=len(prompt))  # type: ignore[arg-type]
     else:
-        spans = check_ranges(sentences, len(whole))  # type: ignore[arg-type]
+        spans = _given(sentences, whole, len(prompt))
     ids, offsets = encode(tokenizer, whole, add_special_tokens=add_special_tokens)
     kept = [(s, t) for s, t in zip(spans, token_ranges(spans, offsets), strict=True) if t[0] < t[1]]
     if not kept or not text.strip():
@@ -121,6 +119,19 @@ def read_trace(
         tokens=tuple(t for _, t in kept),
         name=name,
         answer=answer,
+    )
+
+
+def _given(sentences: Any, whole: str, start: int) -> list[Span]:
+    """Character ranges of sentences that a caller, or a line of a file, names."""
+    listed = isinstance(sentences, list | tuple) and len(sentences) > 0
+    if listed and all(isinstance(one, str) for one in sentences):
+        return locate(whole, sentences, start=start)
+    if listed and all(isinstance(one, list | tuple) and all(type(end) is int for end in one) for one in sentences):
+        return check_ranges(sentences, len(whole))
+    raise ArgumentError(
+        f"sentences: got {_cut(repr(sentences))}, expected a list of strings, or one of [start, stop) characters. "
+        "Leave them out to have the text split."
     )
 
 
