@@ -16,6 +16,7 @@ import headway
 from headway.door.stages import Driver
 from headway.errors import InterceptionError
 from headway.methods.budget import stages_at_budget
+from headway.tasks.answering import copy_cache
 from tests.contracts import methods as contract
 from tests.contracts.methods import SLUGS, TOKENS, host, read, stages, tokens
 from tests.contracts.refusals import as_listed
@@ -139,6 +140,26 @@ def test_what_is_remembered_of_rows_follows_their_order(slug, name):
             found.append(torch.cat(logits, 1))
         contract.close(found[1], found[0], "reordered")
         assert not torch.allclose(found[2], found[0], atol=1e-2)
+
+
+@METHOD
+@FAMILY
+def test_copies_of_a_prefix_go_on_apart(slug, name):
+    """As prompts with one beginning share its cache: each copy is as good as a prefill of its own, whatever is read
+    from the other in between."""
+    model, prefix = host(name), tokens(length=PROMPT)
+    ends = [tokens(length=5, seed=seed) for seed in (3, 4)]
+    with as_listed(slug, "share 0.5", name), headway.use(model, *acting(slug, name)), torch.no_grad():
+        alone = [read(model, torch.cat([prefix, end], 1), [PROMPT, 3, 1, 1])[:, PROMPT:] for end in ends]
+        first = model(input_ids=prefix, use_cache=True).past_key_values
+        caches, logits = [first, copy_cache(first, model)], [[], []]
+        for chunk in ((0, 3), (3, 4), (4, 5)):
+            for turn, end in enumerate(ends):
+                out = model(input_ids=end[:, slice(*chunk)], past_key_values=caches[turn], use_cache=True)
+                caches[turn] = out.past_key_values
+                logits[turn].append(out.logits)
+        for turn in (0, 1):
+            contract.close(torch.cat(logits[turn], 1), alone[turn], f"copy {turn}", share=1e-5)
 
 
 @contextmanager

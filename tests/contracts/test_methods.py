@@ -95,6 +95,22 @@ def test_a_padded_batch_equals_its_rows_alone(slug, name, pads):
                 contract.close(both[row : row + 1, pad:], alone, f"share {share}, the row behind {pad} pads")
 
 
+@METHOD
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("pads", [3, contract.BLOCK, 130])
+def test_a_batch_padded_behind_its_prompts_reads_them_as_they_are_alone(slug, name, pads):
+    """As texts are scored in batches: nothing stands in front, so blocks are where they are without padding."""
+    model, ids = contract.exact(name), tokens(2)
+    mask = torch.ones_like(ids)
+    mask[1, TOKENS - pads :] = 0
+    with as_listed(slug, "share 0.3", name), headway.use(model, *stages(slug, name, 0.3)), torch.no_grad():
+        both = model(input_ids=ids * mask, attention_mask=mask, use_cache=True).logits
+        whole = model(input_ids=ids[:1], use_cache=True).logits
+        short = model(input_ids=ids[1:, : TOKENS - pads], use_cache=True).logits
+    contract.close(both[:1], whole, "the row without pads")
+    contract.close(both[1:, : TOKENS - pads], short, f"the row before {pads} pads")
+
+
 @pytest.mark.parametrize("slug", contract.BLOCKS_BY_COLUMN)
 @FAMILY
 @pytest.mark.parametrize("pads", [(3, 37), (37, 100)], ids=str)

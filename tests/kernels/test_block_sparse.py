@@ -107,6 +107,37 @@ def test_the_causal_diagonal_takes_one_pass(length, groups, per_head, monkeypatc
     assert ran == [1]
 
 
+@pytest.mark.parametrize("length", [32, 37])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("per", ["all", "kv", "head"])
+@pytest.mark.parametrize("band", [None, Band(8, 64)])
+def test_the_causal_diagonal_runs_apart_where_much_is_selected(length, groups, per, band, monkeypatch):
+    """As at 8,192 tokens: one causal batch of diagonal blocks, and the whole blocks merged into it without a mask."""
+    from headway.kernels import block_sparse
+
+    query, key, value, generator = _tensors(13, 2, 2, groups, length, length)
+    count = -(-length // 8)
+    heads = {"all": 1, "kv": 2, "head": 2 * groups}[per]
+    blocks = torch.rand(2, heads, count, count, generator=generator) > 0.5
+    blocks |= torch.eye(count, dtype=torch.bool)
+    ran = []
+    for name in ("diagonal", "with_diagonal", "add"):
+        plain = getattr(block_sparse._Tiles, name)
+
+        def spy(tiles, *args, plain=plain, name=name, **options):
+            ran.append((name, options.get("masked")))
+            return plain(tiles, *args, **options)
+
+        monkeypatch.setattr(block_sparse._Tiles, name, spy)
+    monkeypatch.setattr(block_sparse, "DIAGONAL_APART_KEYS", 0)
+    options = {"query_block": 8, "key_block": 8, "causal": True, "band": band}
+    got, lse = block_sparse_attention(query, key, value, blocks, form="gather", **options)
+    want, want_lse = block_sparse_attention(query, key, value, blocks, form="masked", **options)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=0)
+    assert ran == [("diagonal", None), ("add", False)]
+
+
 def test_all_blocks_are_dense_attention():
     query, key, value, _ = _tensors(2, 2, 2, 2, 19, 23)
     blocks = torch.ones(1, 1, 5, 6, dtype=torch.bool)

@@ -55,6 +55,11 @@ class Piece:
     def first_real(self) -> list[int]:
         return [int(row.long().argmax()) if bool(row.any()) else self.tokens - 1 for row in self.real]
 
+    @property
+    def end(self) -> list[int]:
+        """Behind the last real token of each sequence."""
+        return [self.tokens - int(row.flip(0).long().argmax()) for row in self.real]
+
 
 class BoundarySource:
     """Says where chunks begin."""
@@ -105,10 +110,16 @@ class Separators(BoundarySource):
 
     def starts(self, piece: Piece) -> Bool[Tensor, "batch tokens"]:
         tokens = piece.call.forward.inputs.get("input_ids")
-        if not isinstance(tokens, Tensor) or tokens.shape != piece.real.shape:
+        if not isinstance(tokens, Tensor):
             raise HostError(
                 f"{piece.call.site.name}: got a forward without input_ids by keyword, expected them: separators are "
                 "found by their tokens. Call model(input_ids=…), or use another source of boundaries."
+            )
+        if tokens.shape != piece.real.shape:
+            raise HostError(
+                f"{piece.call.site.name}: got input_ids of shape {tuple(tokens.shape)} where {piece.tokens} tokens are "
+                "to be cut, expected all of these. Read the request from its beginning inside the scope, or use "
+                "another source of boundaries."
             )
         marks = torch.isin(tokens, torch.tensor(self.ids, device=tokens.device))
         found = torch.zeros_like(piece.real)
@@ -139,10 +150,10 @@ class Scored(BoundarySource):
     def starts(self, piece: Piece) -> Bool[Tensor, "batch tokens"]:
         scores = self.scores(piece).detach().float().cpu().numpy()
         found = np.zeros(scores.shape, dtype=bool)
-        for row, first in enumerate(piece.first_real):
-            tokens = piece.tokens - first
+        for row, (first, end) in enumerate(zip(piece.first_real, piece.end, strict=True)):
+            tokens = end - first
             gaps = select_gaps(
-                scores[row, first:],
+                scores[row, first:end],
                 threshold=self.threshold,
                 apart=self.apart,
                 most=max(tokens // self.chunk_tokens, 1),
@@ -266,8 +277,8 @@ def separator_ids(tokenizer: Any, marks: Sequence[str] = (".", "!", "?", ";", "\
 
 
 def _with_suffix(found: Tensor, piece: Piece) -> Tensor:
-    for row, first in enumerate(piece.first_real):
-        if 0 < piece.suffix < piece.tokens - first:
-            found[row, -piece.suffix :] = False
-            found[row, -piece.suffix] = True
+    for row, (first, end) in enumerate(zip(piece.first_real, piece.end, strict=True)):
+        if 0 < piece.suffix < end - first:
+            found[row, end - piece.suffix :] = False
+            found[row, end - piece.suffix] = True
     return found

@@ -216,16 +216,19 @@ class DHSA(Selector):
         member = chunks.of_tokens(call.first_key, chunks.tokens)
         query = self._pooled(call, real[:, -rows:], member[:, -rows:])
         count = -(-rows // size)
-        firsts = torch.arange(count, device=device) * size
-        lasts = (firsts + size).clamp(max=rows) - 1 + call.offset
-        suffix_from = call.offset + rows - self.suffix
+        firsts = torch.arange(count, device=device) * size + call.offset
+        lasts = (firsts + size).clamp(max=call.offset + rows) - 1
+        # A block ends with its last token: what pads behind a prompt see is not what its last rows read.
+        ends = (real.shape[1] - real.flip(1).int().argmax(1))[:, None]
+        lasts = torch.where(firsts < ends, torch.minimum(lasts, ends - 1), lasts)
+        in_suffix = (lasts >= ends - self.suffix) & (firsts < ends)
         step = max(STEP_ELEMENTS // (vectors.shape[1] * member.numel()), 1)
         lists = []
         for part in torch.arange(count, device=device).split(step):
             scores = query[:, :, part] @ vectors.transpose(-1, -2)
-            allowed, forced = self._sides(real, firsts[part] + call.offset, lasts[part], call.site.window)
+            allowed, forced = self._sides(real, firsts[part], lasts[:, part], call.site.window)
             kept = choose_tokens(scores, member, allowed, forced, budget)
-            whole = (lasts[part] >= suffix_from)[None, :, None] & allowed
+            whole = in_suffix[:, part, None] & allowed
             lists.append(key_lists(kept | whole[:, None]))
         most = max(index.shape[3] for index, _ in lists)
         index, valid = (
@@ -240,11 +243,11 @@ class DHSA(Selector):
         A window is counted from the last row of a block, as in the released code."""
         at = torch.arange(real.shape[1], device=real.device)
         oldest = torch.zeros_like(last) if window is None else last - window + 1
-        own = (at >= first[:, None]) & (at <= last[:, None])
-        seen = real[:, None] & (at <= last[:, None]) & (at >= oldest[:, None])
+        own = (at >= first[:, None]) & (at <= last[..., None])
+        seen = real[:, None] & (at <= last[..., None]) & (at >= oldest[..., None])
         early = seen & (seen.int().cumsum(-1) <= self.global_tokens)
         # A row of padding reads its own block, which the host's mask hides or not as it does without this method.
-        return seen | own, (seen & (at > (last - self.local_tokens)[:, None])) | early | own
+        return seen | own, (seen & (at > (last - self.local_tokens)[..., None])) | early | own
 
     def _choosers(self, query: Tensor, call: AttentionCall) -> Float[Tensor, "batch choosers rows dim"]:
         """Queries averaged over the heads that choose together."""

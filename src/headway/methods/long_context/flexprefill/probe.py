@@ -84,7 +84,8 @@ def pooled_map(call: AttentionCall, block: int) -> Float[Tensor, "batch heads bl
     logits = soft_capped(grouped_scores(query, key) * call.scale, call.softcap)
     count = logits.shape[-1]
     future = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu(1)
-    hidden = future | ~_real_blocks(real, block, logits[:, :, 0])[:, :, None, :]
+    tokens = _real_blocks(real, block, logits[:, :, 0])
+    hidden = future | ~tokens[:, :, None, :] | ~tokens[..., None]
     return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
