@@ -154,19 +154,24 @@ def check_lengths(model: nn.Module, make: MakePolicy, most: int, *, length: int 
 
 
 def check_generate(model: nn.Module, make: MakePolicy, *, length: int = 12, new: int = 5) -> None:
-    """Greedy `generate` (and its streaming) equals a hand-made loop over the same policy; beam search runs."""
-    ids = tokens(1, length)
+    """Greedy `generate` equals a hand-made loop over the same policy, also in a second turn that goes on with the
+    cache of the first; beam search runs."""
+    ids, more = tokens(1, length), tokens(1, 4, seed=6)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     with headway.use(model, make()), torch.no_grad():
-        got = model.generate(ids, **options)
+        first = model.generate(ids, return_dict_in_generate=True, **options)
+        turn = torch.cat([first.sequences, more], 1)
+        second = model.generate(turn, past_key_values=first.past_key_values, **options)
         cache, step, produced = None, ids, []
-        for _ in range(new):
+        for number in range(2 * new):
             out = model(input_ids=step, past_key_values=cache, use_cache=True)
+            out.logits[..., 2] = -torch.inf
             cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            produced.append(step)
+            produced.append(int(step))
+            step = torch.cat([step, more], 1) if number == new - 1 else step
         beams = model.generate(ids, num_beams=2, **options)
-    if not bool((torch.cat(produced, 1) == 2).any()):
-        assert got[0, length:].tolist() == torch.cat(produced, 1)[0].tolist()
+    assert first.sequences[0, length:].tolist() == produced[:new]
+    assert second[0, turn.shape[1] :].tolist() == produced[new:]
     assert beams.shape[1] == length + new
 
 
