@@ -233,6 +233,53 @@ class TestSelection:
         for listed, valid in zip(selection.index.flatten(0, 2), selection.valid.flatten(0, 2), strict=True):
             assert listed[valid].unique().numel() == int(valid.sum())
 
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.integers(60, 150),
+        st.sampled_from(["sqrt", "mean", "sum"]),
+        st.sampled_from(["kv", "mean"]),
+        st.sampled_from([0, 21]),
+        st.sampled_from([None, 70]),
+        st.integers(0, 40),
+        st.integers(0, 1000),
+    )
+    def test_a_prompts_lists_are_those_of_loops(self, tokens, norm, heads, suffix, window, pads, seed):
+        """Chunk vectors, scores, forced keys, budget and ties by the definitions; padding and windows included."""
+        rng = torch.Generator().manual_seed(seed)
+        cuts = sorted(set(torch.randint(1, tokens, (tokens // 8,), generator=rng).tolist()))
+        call = call_of(tokens, seed=seed)
+        padding = (torch.arange(tokens) >= pads)[None]
+        site = call.site.__class__(**(vars(call.site) | {"window": window}))
+        call = call.replace(site=site, forward=Forward(padding=padding))
+        stage = DHSA(boundaries=Given(at=tuple(cuts)), norm=norm, heads=heads, **(SMALL | {"suffix": suffix}))
+        got = kept(stage, call)[0]
+        query = call.query[0].view(2, 2, tokens, 8).mean(1)
+        key = call.key[0]
+        if heads == "mean":
+            query, key = query.mean(0, keepdim=True), key.mean(0, keepdim=True)
+        starts = [pads, *[pads + cut for cut in cuts if pads + cut < tokens]]
+        if 0 < suffix < tokens - pads:
+            starts = sorted({*[start for start in starts if start < tokens - suffix], tokens - suffix})
+        chunks = list(itertools.pairwise([*starts, tokens]))
+        scale = {"sqrt": lambda n: n**0.5, "mean": lambda n: n, "sum": lambda _: 1}[norm]
+        for first in range(0, tokens, 16):
+            last = min(first + 16, tokens) - 1
+            if last < pads:
+                continue
+            oldest = max(pads, 0 if window is None else last - window + 1)
+            seen = range(oldest, last + 1)
+            forced = {*range(max(last - 15, oldest), last + 1), *list(seen)[:4], *range(first, last + 1)}
+            for head in range(key.shape[0]):
+                block = query[head, max(first, pads) : last + 1].sum(0)
+                score = {}
+                for begin, end in chunks:
+                    value = float(block @ key[head, begin:end].sum(0)) / scale(end - begin)
+                    score |= {j: (value, j) for j in range(begin, end)}
+                free = sorted((j for j in seen if j not in forced), key=lambda j: score[j], reverse=True)
+                want = set(seen) if last >= tokens - suffix else forced | set(free[: 48 - len(forced)])
+                for row in range(max(first, pads), last + 1):
+                    assert set(got[head, row].nonzero()[:, 0].tolist()) == want | set(range(first, last + 1))
+
     def test_a_planted_chunk_is_read(self):
         """Eleven keys that only the last block's queries look for, between boundaries that are known."""
         query, key, value = tensors(256, heads=2, kv_heads=2)

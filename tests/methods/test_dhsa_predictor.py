@@ -172,6 +172,13 @@ class TestTraining:
         assert float(loss[0] / plain[0]) == pytest.approx(float(torch.sigmoid(torch.tensor(-3.0))) ** 2)
         assert float(loss[1] / plain[1]) == pytest.approx(float(torch.sigmoid(torch.tensor(3.0))) ** 2)
 
+    def test_by_default_a_boundary_weighs_as_in_the_released_code(self):
+        """1.3 times, and an easy gap counts by the square of what is wrong: by hand at logits ±1."""
+        wrong = 1 / (1 + torch.tensor(1.0).exp())
+        easy = wrong**2 * -(1 - wrong).log()
+        loss = focal_loss(torch.tensor([1.0, -1.0]), torch.tensor([True, False]))
+        torch.testing.assert_close(loss, torch.stack([1.3 * easy, easy]))
+
     def test_planted_segments_are_learnt(self, host):
         """Where keys change direction there is a boundary: found on texts that were held out."""
         trained = train_predictor(host, planted(24), epochs=20, rate=2e-3, heads=4)
@@ -278,6 +285,11 @@ class TestTraining:
         broken = [Recorded(torch.full((40, 16), torch.nan), torch.ones(40), 0, i) for i in range(3)]
         with pytest.raises(NumericError, match="loss: got nan"):
             train_predictor(host, broken, heads=4, epochs=1)
+
+    def test_a_batch_of_texts_is_refused(self, host):
+        """One by one: pads would be keys, and only the first row would be recorded."""
+        with pytest.raises(ArgumentError, match=r"texts: got shape \(2, 80\), expected \(1, tokens\)"):
+            record_boundaries(host, [texts(1)[0].repeat(2, 1)])
 
     def test_no_texts_are_refused(self, host):
         with pytest.raises(ArgumentError, match="texts: got none"):

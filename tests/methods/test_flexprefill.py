@@ -143,6 +143,60 @@ def test_blocks_are_those_of_the_rule_written_out(seed, gamma, count):
         assert torch.equal(got[0, head], want)
 
 
+@given(
+    seed=st.integers(0, 200),
+    gamma=st.floats(0.2, 0.99),
+    selection=st.sampled_from(["global", "row"]),
+    most=st.sampled_from([None, 24]),
+)
+@settings(max_examples=40, deadline=None)
+def test_query_aware_blocks_are_those_of_the_rule_written_out(seed, gamma, selection, most):
+    """The fewest entries of the pooled map that cover γ of its mass, or of each row's, beside sink and diagonal."""
+    call = make_call(61, seed=seed)
+    method = flex(gamma=gamma, tau=1.0, selection=selection, min_budget=None, max_budget=most)
+    pooled, got = pooled_map(call, 4), method.blocks_of(call).mask.blocks
+    room = 16 if most is None else most // 4
+    for head in range(4):
+        rows = pooled[0, head]
+        if selection == "row":
+            taken = [set(row.argsort(descending=True)[: cover(row, gamma)].tolist()) for row in rows]
+        else:
+            flat = rows.flatten()
+            best = flat.argsort(descending=True)[: cover(flat / flat.sum(), gamma)].tolist()
+            taken = [{place % 16 for place in best if place // 16 == row} for row in range(16)]
+        largest = [set(row.argsort(descending=True)[:room].tolist()) for row in rows]
+        want = torch.tensor(
+            [[k <= r and (k in (0, r) or k in taken[r] & largest[r]) for k in range(16)] for r in range(16)]
+        )
+        assert torch.equal(got[0, head], want)
+
+
+@given(seed=st.integers(0, 200), gamma=st.floats(0.2, 0.99))
+@settings(max_examples=40, deadline=None)
+def test_the_union_is_grown_by_the_largest_until_it_covers_gamma_of_the_last_row(seed, gamma):
+    """Columns and diagonals in one order; what both hold of the last row of blocks counts once."""
+    call = make_call(61, seed=seed)
+    weights = probe_weights(call, probe_rows(call, 4, None), None)
+    slash = mean_by_offset(weights, probe_rows(call, 4, None))
+    got = flex(gamma=gamma, tau=0.0, stop="union", min_budget=None).blocks_of(call).mask.blocks
+    for head in range(4):
+        by_column = block_sums(weights.mean(2)[0, head], 4).tolist()
+        by_distance = offset_blocks(slash[0, head], 4).tolist()
+        parts = [(mass, "column", k) for k, mass in enumerate(by_column)]
+        parts += [(mass, "distance", d) for d, mass in enumerate(by_distance)]
+        parts.sort(key=lambda part: (part[2] == 0, part[0]), reverse=True)
+        columns, distances, covered = set(), set(), set()
+        for _, kind, number in parts:
+            if sum(by_column[k] for k in covered) >= gamma:
+                break
+            (columns if kind == "column" else distances).add(number)
+            covered.add(number if kind == "column" else 15 - number)
+        columns, distances = columns | {0}, distances | {0}
+        want = torch.tensor([[k <= r and (k in columns or r - k in distances) for k in range(16)] for r in range(16)])
+        assert torch.equal(got[0, head], want)
+        assert sum(by_column[k] for k in range(16) if got[0, head, -1, k]) >= gamma - 1e-6
+
+
 def test_probe_marginals_sum_to_one_and_the_chosen_columns_cover_gamma():
     call = make_call(70, scale=3.0)
     rows = probe_rows(call, 4, None)
@@ -381,6 +435,20 @@ def test_a_ragged_prompt_is_the_same_as_one_padded_behind_its_end():
     for options in ({"tau": 0.0}, {"tau": 1.0}, *more):
         ragged, padded = (flex(block=8, min_budget=None, **options).blocks_of(c).mask.blocks for c in (call, longer))
         assert torch.equal(ragged, padded)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_whole_blocks_of_padding_behind_a_prompt_choose_nothing(blocks):
+    """Their rows see the keys of the prompt, and in a ranking over all rows would take the places of others."""
+    call = make_call(56)
+    rest = torch.full((1, 1, 8 * blocks, 1), 9.0)
+    tail = [torch.cat([x, rest.expand(1, x.shape[1], -1, 8)], 2) for x in (call.query, call.key, call.value)]
+    padding = torch.arange(56 + 8 * blocks)[None] < 56
+    longer = AttentionCall.from_tensors(*tail, causal=True, forward=Forward(padding=padding))
+    assert not pooled_map(longer, 8)[:, :, 7:].any()
+    for options in ({"tau": 1.0, "gamma": 0.5}, {"tau": 1.0, "density": 0.5}, {"tau": 0.0, "gamma": 0.5}):
+        alone, padded = (flex(block=8, min_budget=None, **options).blocks_of(c).mask.blocks for c in (call, longer))
+        assert torch.equal(padded[:, :, :7, :7], alone)
 
 
 def test_a_batch_with_padding_gives_each_prompt_its_own_blocks():

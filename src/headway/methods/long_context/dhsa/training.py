@@ -94,9 +94,13 @@ def record_boundaries(
     layers: Sequence[int] | None = None,
     window: int = WINDOW,
 ) -> list[Recorded]:
-    """Keys and labels of every layer (or some) on every text, one forward a text."""
+    """Keys and labels of every layer (or some) on every text, one forward a text. Raises ArgumentError for a batch."""
     found = []
     for number, ids in enumerate(texts):
+        if ids.ndim != 2 or ids.shape[0] != 1:
+            raise ArgumentError(
+                f"texts: got shape {tuple(ids.shape)}, expected (1, tokens) each. Pass rows one by one."
+            )
         recorder = BoundaryRecorder(window)
         with observe(model, recorder, layers=layers):
             model(input_ids=ids, use_cache=False)
