@@ -52,7 +52,7 @@ class Same(Editor):
 
 
 @pytest.mark.parametrize(("mixer", "options"), OWN_WEIGHTS)
-@torch.no_grad()
+@pytest.mark.usefixtures("without_gradients")
 class TestOwnWeights:
     def test_editing_nothing_changes_nothing(self, mixer, options):
         model = model_of(mixer, **options)
@@ -78,7 +78,10 @@ class TestOwnWeights:
 
     def test_a_silenced_head_is_gone(self, mixer, options):
         model = model_of(mixer, **options)
-        with headway.use(model, HeadGate({(0, 1): 0.0})), headway.capture(model, what=("head_output",)) as captured:
+        with (
+            headway.use(model, HeadGate(gates={(0, 1): 0.0})),
+            headway.capture(model, what=("head_output",)) as captured,
+        ):
             model(ids())
         assert not bool(captured.result()[0]["head_output"][:, 1].any())
 
@@ -87,7 +90,7 @@ RECURRENT = ["lightning", "inline", "linear"]
 
 
 @pytest.mark.parametrize("mixer", RECURRENT)
-@torch.no_grad()
+@pytest.mark.usefixtures("without_gradients")
 class TestFilledStates:
     """Behind a filled state a recurrence has no keys: observers miss its tokens and say so, methods refuse."""
 
@@ -104,7 +107,7 @@ class TestFilledStates:
 
     def test_a_method_that_acts_is_refused_there(self, mixer):
         model = model_of(mixer)
-        with headway.use(model, HeadGate({(0, 1): 0.0})):
+        with headway.use(model, HeadGate(gates={(0, 1): 0.0})):
             model(ids())
             with pytest.raises(InterceptionError, match="use_cache=False"):
                 model.generate(ids(), max_new_tokens=2, do_sample=False, pad_token_id=0)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import headway
@@ -32,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> HeadwayForCausalLM:
     return model_of(request.param)
 
 
-@torch.no_grad()
+@pytest.mark.usefixtures("without_gradients")
 class TestEveryMixer:
     def test_chunks_and_steps_with_a_cache_give_the_logits_of_one_forward(self, model):
         ids = tokens(2, 13)
@@ -90,7 +91,7 @@ class TestEveryMixer:
         assert idle == []
 
 
-@torch.no_grad()
+@pytest.mark.usefixtures("without_gradients")
 class TestModel:
     def test_a_hybrid_stack_has_the_mixers_of_its_config(self):
         model = model_of(["lightning", "softmax"], mixer_options={"softmax": {"window": 8}})
@@ -146,9 +147,25 @@ class TestModel:
     def test_norms(self, norm, place):
         assert bool(torch.isfinite(model_of("softmax", norm=norm, norm_place=place)(tokens(1, 6)).logits).all())
 
-    @pytest.mark.parametrize("mlp", ["swiglu", "sglu", "geglu", "gelu", "relu", "none"])
-    def test_mlps(self, mlp):
-        assert bool(torch.isfinite(model_of("softmax", mlp=mlp)(tokens(1, 6)).logits).all())
+    @pytest.mark.parametrize(
+        ("mlp", "hidden"),
+        [
+            ("swiglu", lambda gate, up: functional.silu(gate) * up),
+            ("geglu", lambda gate, up: functional.gelu(gate) * up),
+            ("reglu", lambda gate, up: gate.relu() * up),
+            ("sglu", lambda gate, up: gate * up),
+            ("gelu", lambda _, up: functional.gelu(up)),
+            ("relu", lambda _, up: up.relu()),
+            ("swish", lambda _, up: up * up.sigmoid()),
+        ],
+    )
+    def test_mlps_by_their_formulas(self, mlp, hidden):
+        made, x = model_of("softmax", mlp=mlp).layers[0].mlp, torch.randn(2, 3, 32)
+        gate = None if made.gate is None else x @ made.gate.weight.T
+        torch.testing.assert_close(made(x), hidden(gate, x @ made.up.weight.T) @ made.down.weight.T)
+
+    def test_a_model_may_do_without_mlps(self):
+        assert model_of("softmax", mlp="none").layers[0].mlp is None
 
 
 class TestBadInput:
@@ -192,7 +209,7 @@ class TestBadInput:
             model_of("softmax")()
 
 
-@torch.no_grad()
+@pytest.mark.usefixtures("without_gradients")
 class TestOutputAttentions:
     @pytest.mark.parametrize("mixer", ["softmax", "lightning", "diffqkv"])
     def test_they_are_the_weights_that_the_door_reads_and_the_logits_stay(self, mixer, caplog):

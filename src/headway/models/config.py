@@ -9,7 +9,9 @@ from transformers import PretrainedConfig
 from headway.errors import ArgumentError, unknown
 
 NORMS = ("rms", "srms", "layer", "single_scale")
-MLPS = ("swiglu", "sglu", "geglu", "gelu", "relu", "none")
+#: MLPs whose hidden units are gated, and those that are not.
+GATED, PLAIN = ("swiglu", "geglu", "reglu", "sglu"), ("gelu", "relu", "swish")
+MLPS = (*GATED, *PLAIN, "none")
 PLACES = ("pre", "post")
 
 
@@ -150,4 +152,4 @@ class HeadwayRegressionConfig(_Stack):
 
 
 def _mlp_width(width: int, mlp: str) -> int:
-    return -(-8 * width // 24) * 8 if mlp in ("swiglu", "sglu", "geglu") else 4 * width
+    return -(-8 * width // 24) * 8 if mlp in GATED else 4 * width

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -9,8 +11,19 @@ from torch.nn import functional
 
 from headway.door.mixer import State
 from headway.kernels.norms import make_norm
-from headway.models.config import _Stack
+from headway.models.config import GATED, _Stack
 from headway.models.mixers import build_mixer, reads_grid
+
+#: a of every kind of MLP.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": functional.silu,
+    "geglu": functional.gelu,
+    "reglu": functional.relu,
+    "sglu": lambda x: x,
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "swish": functional.silu,
+}
 
 
 class MLP(nn.Module):
@@ -19,21 +32,14 @@ class MLP(nn.Module):
     def __init__(self, width: int, inner: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        gated = kind in ("swiglu", "sglu", "geglu")
         self.up = nn.Linear(width, inner, bias=False)
-        self.gate = nn.Linear(width, inner, bias=False) if gated else None
+        self.gate = nn.Linear(width, inner, bias=False) if kind in GATED else None
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         up = self.up(x)
-        if self.gate is None:
-            return self.down(functional.gelu(up) if self.kind == "gelu" else functional.relu(up))
-        gate = self.gate(x)
-        if self.kind == "swiglu":
-            gate = functional.silu(gate)
-        elif self.kind == "geglu":
-            gate = functional.gelu(gate)
-        return self.down(gate * up)
+        activation = ACTIVATIONS[self.kind]
+        return self.down(activation(up) if self.gate is None else activation(self.gate(x)) * up)
 
 
 class Block(nn.Module):
