@@ -31,8 +31,19 @@ def test_the_factors_of_the_issue_are_all_there():
     assert {"softmax", "softmax_plus_one", "learned_denominator", "key_slot", "key_value_slot", "clipped", "softpick",
             "sigmoid", "elastic", "affine"} <= mitigation  # fmt: skip
     assert {arm.gate for arm in load_experiment("mitigation").arms} >= {"head", "element", "conditional", "value"}
-    changed = {key for arm in load_experiment("factors").arms for key in arm.changes()}
+    factors = load_experiment("factors").arms
+    changed = {key for arm in factors for key in arm.changes()}
     assert {"learning_rate", "weight_decay", "data", "prefix", "window", "width", "layers"} <= changed
+    assert {arm.position for arm in factors} == {"rope", "none", "sinusoidal", "learned", "relative", "alibi"}
+    assert {arm.mlp for arm in factors} == {"swiglu", "relu", "gelu", "swish", "reglu", "geglu"}
+    assert {arm.place for arm in factors if arm.first == "fixed"} == {0, 1, 2}
+
+
+def test_clipped_softmax_stretches_by_the_length_of_its_sequences():
+    """γ = −α/T with T the sequences that the arm reads, not those of another recipe."""
+    (arm,) = (arm for arm in load_experiment("mitigation").arms if arm.normalizer == "clipped")
+    for layer in build(arm, 0).layers:
+        assert layer.mixer.normalizer.gamma == -12 / arm.length
 
 
 def test_base_arms_and_grid_are_put_together():
@@ -83,6 +94,7 @@ def test_without_arms_there_is_softmax():
         ("arms: [{name: a, data: 100}]", "data of arm 'a'"),
         ("arms: [{name: a, learning_rate: 0}]", "learning_rate"),
         ("arms: [{name: a, optimizer: sgd}]", "optimizer of arm 'a': got 'sgd'"),
+        ("arms: [{name: a, schedule: cosin}]", "Did you mean 'cosine'"),
         ("arms: [{name: a, terms: {tails: 1}}]", "Did you mean 'tail'"),
         ("arms: [{name: a, terms: {tail: much}}]", "expected a mapping"),
         ("arms: [{name: a}, {name: a}]", "arms: got"),

@@ -115,10 +115,21 @@ class TestGrid:
         assert any("softpick, seed 1: loss: got NaN" in w for w in lab.warnings)
         assert "loss: got NaN" in Page(render(lab)).text
 
-    def test_a_wrong_option_names_the_arm(self):
-        bad = Experiment(name="x", arms=(Arm(name="odd", normalizer="softmx", **SMALL),))
-        with pytest.raises(ArgumentError, match="softmx") as error:
-            run_sinks(bad, evaluation=4)
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"normalizer": "softmx"}, "softmx"),
+            ({"normalizer_options": {"taper": 1}}, "taper"),
+            ({"gate": "door"}, "door"),
+            ({"mlp": "swigloo"}, "swigloo"),
+            ({"heads": 3}, "heads"),
+        ],
+    )
+    def test_a_wrong_option_of_the_last_arm_is_told_before_any_training(self, monkeypatch, options, words):
+        monkeypatch.setattr(module, "run_arm", lambda *a, **k: pytest.fail("trained before all arms were built"))
+        arms = (Arm(name="softmax", **SMALL), Arm(name="odd", **{**SMALL, **options}))
+        with pytest.raises(ArgumentError, match=words) as error:
+            run_sinks(Experiment(name="x", arms=arms), evaluation=4)
         assert error.value.__notes__ == ["in arm 'odd'"]
 
     def test_a_text_that_is_too_short_is_refused_before_any_work(self):

@@ -25,6 +25,7 @@ from typing import Any
 
 from headway.errors import ArgumentError, unknown
 from headway.train.optimizers import OPTIMIZERS
+from headway.train.schedules import SCHEDULES
 
 TERMS = ("decorrelation", "tail", "head-balance")
 FIRST = ("natural", "random", "fixed", "learned")
@@ -86,6 +87,8 @@ class Arm:
                 raise ArgumentError(f"{name} of arm {self.name!r}: got {getattr(self, name)}, expected at least 1.")
         if self.optimizer not in OPTIMIZERS:
             raise unknown(f"optimizer of arm {self.name!r}", self.optimizer, OPTIMIZERS)
+        if self.schedule not in SCHEDULES:
+            raise unknown(f"schedule of arm {self.name!r}", self.schedule, SCHEDULES)
         for term in self.terms:
             if term not in TERMS:
                 raise unknown(f"terms of arm {self.name!r}", term, TERMS)

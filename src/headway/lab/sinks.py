@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ from headway.lab.arms import Arm, Experiment
 from headway.lab.data import Split, split_bytes
 from headway.lab.result import ArmResult, SinkLab
 from headway.lab.table import conclude
-from headway.lab.training import EVALUATION, run_arm
+from headway.lab.training import EVALUATION, build, run_arm
 from headway.pages.plain import plain
 from headway.progress import Tell
 
@@ -41,7 +43,9 @@ def run_sinks(
 
     text: what is read, a built-in text by default. out: a folder for finished arms and for the checkpoint of the one at
     hand; a second call with the same settings goes on from them, also after a kill. evaluation: held-out sequences. An
-    arm whose training breaks (a loss that is not finite) is kept as a failure, and the others go on."""
+    arm whose training breaks (a loss that is not finite) is kept as a failure, and the others go on. Every model is
+    built once before the first is trained, so that a wrong option of the last arm is told at once: ArgumentError with
+    a note of the arm."""
     given = default_text() if text is None else text
     split = split_bytes(given)
     for arm in experiment.arms:
@@ -50,6 +54,8 @@ def run_sinks(
                 f"text: got {len(split.held_out):,} held-out bytes, expected {evaluation} sequences of {arm.length} "
                 f"for arm {arm.name!r}. Give a longer text, or fewer sequences with evaluation=."
             )
+        with _told(arm):
+            build(arm, 0)
     folder = None if out is None else Path(out)
     jobs = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds]
     results, reused = [], 0
@@ -86,10 +92,18 @@ def run_sinks(
 def _run(arm: Arm, seed: int, split: Split, place: Path | None, evaluation: int, tell: Tell) -> ArmResult:
     folder = None if place is None else place.with_suffix("")
     try:
-        return run_arm(arm, seed, split, folder=folder, evaluation=evaluation, progress=tell)
+        with _told(arm):
+            return run_arm(arm, seed, split, folder=folder, evaluation=evaluation, progress=tell)
     except NumericError as error:
         log.warning("%s, seed %d: %s", arm.name, seed, error)
         return ArmResult(arm=arm.name, group=arm.group, seed=seed, failure=str(error))
+
+
+@contextmanager
+def _told(arm: Arm) -> Iterator[None]:
+    """Adds the name of the arm to an ArgumentError."""
+    try:
+        yield
     except ArgumentError as error:
         error.add_note(f"in arm {arm.name!r}")
         raise
