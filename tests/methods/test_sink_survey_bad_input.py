@@ -102,6 +102,19 @@ def test_hosts_without_the_parts_that_a_rule_needs_are_refused():
         model(torch.ones(2, 2, 2))
 
 
+def test_a_mask_tells_a_host_with_learned_sinks_once_that_it_needs_none(caplog):
+    model = CAUSAL["gpt-oss learned sinks"]()
+    with headway.use(model, SinkMask(sinks=2, window=3)), caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(2):
+            model(input_ids=tokens(1, 8))
+    assert sum("SinkMask: the host has learned sinks" in record.message for record in caplog.records) == 1
+    caplog.clear()
+    for host, sinks in ((CAUSAL["gpt-oss learned sinks"](), 0), (CAUSAL["llama"](), 2)):
+        with headway.use(host, SinkMask(sinks=sinks, window=3)), torch.no_grad():
+            host(input_ids=tokens(1, 8))
+    assert not caplog.records
+
+
 def test_orthorank_without_hidden_states_says_what_to_use():
     policy = OrthoRank(budget=4, recent=1, sinks=1)
     call = SimpleNamespace(hidden=None, site=SimpleNamespace(name="layer 0"), queries=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,14 +147,20 @@ class TestWhatStays:
         torch.testing.assert_close(accumulated(call, 2, forgetting=0.7, block=3), score)
 
     def test_forgetting_lets_an_old_favourite_go(self):
-        """Key 3 had all attention early on, key 9 gets it now: plain sums keep 3, fading ones 9."""
-        weights = torch.zeros(20, 20)
-        weights[3:12, 3] = 1.0
-        weights[12:, 9] = 1.0
-        plain = weights.sum(0)
-        faded = (weights * 0.6 ** torch.arange(19, -1, -1.0)[:, None]).sum(0)
-        assert plain.argmax() == 3
-        assert faded.argmax() == 9
+        """Key 3 gets all attention of nine rows, key 9 that of the eight behind: plain sums keep 3, fading ones 9, also
+        where the scores of a first forward fade in a second one."""
+        query, key = torch.zeros(1, 1, 20, 2), torch.zeros(1, 1, 20, 2)
+        query[..., 3:12, 0] = query[..., 12:, 1] = 200.0
+        key[..., 3, 0] = key[..., 9, 1] = 1.0
+        whole = AttentionCall.from_tensors(query, key, key, causal=True)
+        assert int(accumulated(whole, 1).argmax()) == 3
+        assert int(accumulated(whole, 1, forgetting=0.6).argmax()) == 9
+        first = AttentionCall.from_tensors(query[:, :, :12], key[:, :, :12], key[:, :, :12], causal=True)
+        for policy, kept in ((H2O(), 3), (A2SF(forgetting=0.6), 9)):
+            layer = SimpleNamespace(score=torch.zeros(1, 1, 12))
+            layer.score = torch.nn.functional.pad(policy.rank(first, layer, first, None), (0, 8))
+            rest = AttentionCall.from_tensors(query[:, :, 12:], key, key, causal=True)
+            assert int(policy.rank(rest, layer, rest, None).argmax()) == kept
 
     def test_keydiff_gives_the_odd_key_the_highest_score(self):
         key = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.0, 0.0], [-1.0, 0.2]]), dim=-1)

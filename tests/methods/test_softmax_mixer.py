@@ -115,6 +115,14 @@ class TestContract:
             alone = mixer(x[row : row + 1, start:stop][:, real], mode="reference", state=fresh(mixer, 1))[0]
             torch.testing.assert_close(y[row : row + 1, start:stop][:, real], alone, **TIGHT)
 
+    def test_gradients_do_not_see_padding(self, mixer):
+        mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1]] * 2, dtype=torch.bool)
+        x = torch.where(mask[..., None], inputs(7), torch.nan).requires_grad_()
+        leaves = [x, *mixer.parameters()]
+        found = torch.autograd.grad(mixer(x, mask=mask)[0].pow(2).sum(), leaves, allow_unused=True)
+        assert all(bool(torch.isfinite(g).all()) for g in found if g is not None)
+        assert not bool(found[0][~mask].any())
+
     def test_a_state_goes_on_behind_padding_and_documents(self, mixer):
         x, after = inputs(12), inputs(5, seed=3)
         mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0], [1] * 12], dtype=torch.bool)
@@ -157,6 +165,22 @@ class TestContract:
         rough = mixer(x.bfloat16(), state=mixer.init_state(2, dtype=torch.bfloat16))[0]
         assert rough.dtype == torch.bfloat16
         assert float(((rough.float() - exact).norm() / exact.norm()).detach()) < 3e-2
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_read_both_ways_padding_and_other_documents_do_not_count(name):
+    """Every normaliser and gate also in an encoder."""
+    mixer, x = build(OPTIONS[name], causal=False), inputs(9)
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0, 1], [1] * 9], dtype=torch.bool)
+    padded = mixer(torch.where(mask[..., None], x, torch.nan), mask=mask)[0]
+    resets = torch.zeros(2, 9, dtype=torch.bool)
+    resets[:, 4] = True
+    packed = mixer(x, resets=resets)[0]
+    for row in range(2):
+        alone = mixer(x[row : row + 1, mask[row]], mode="reference")[0]
+        torch.testing.assert_close(padded[row : row + 1, mask[row]], alone, **TIGHT)
+    for part in (slice(0, 4), slice(4, 9)):
+        torch.testing.assert_close(packed[:, part], mixer(x[:, part], mode="reference")[0], **TIGHT)
 
 
 class TestPositions:

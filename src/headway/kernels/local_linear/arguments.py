@@ -115,7 +115,9 @@ def _by_row(
             f"{name}: got shape {tuple(level.shape)}, expected one that broadcasts to (batch, heads, queries) = "
             f"{wanted}. One number per head is (heads, 1)."
         )
-    if not bool(level.isfinite().all()) and not bool(level.isnan().any()):
+    if bool(level.isnan().any()):
+        raise NumericError(f"{name}: got NaN, expected finite numbers. Check what it was learned from.")
+    if not bool(level.isfinite().all()):
         raise NumericError(f"{name}: got infinity, expected finite numbers. Softmax attention is the limit: use that.")
     return level.reshape(shape)
 

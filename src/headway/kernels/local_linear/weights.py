@@ -15,9 +15,14 @@ def local_linear_weights(
     key: Float[Tensor, "batch kv_heads keys dim"],
     ridge: Float[Tensor, "#batch #heads #rows"],
 ) -> Float[Tensor, "batch heads rows keys"]:
-    """P of rows whose softmax weights are given. Rows of zeros stay zero. Takes O(rows · dim²) memory."""
+    """P of rows whose softmax weights are given. Rows of zeros stay zero. Takes O(rows · dim²) memory.
+
+    Queries and keys are moved so that the keys have a mean of zero. P does not depend on such a move, and the keys of
+    hosts, whose mean may be far longer than their spread, keep their digits in float32."""
     batch, heads, rows, keys = softmax.shape
     dim, kv_heads = key.shape[3], key.shape[1]
+    origin = key.mean(2, keepdim=True)
+    query, key = query - origin.repeat_interleave(heads // kv_heads, 1), key - origin
     centre = grouped_values(softmax, key)
     products = (key[..., :, None] * key[..., None, :]).flatten(-2)
     folded = softmax.reshape(batch, kv_heads, -1, keys)

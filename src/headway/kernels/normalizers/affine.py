@@ -88,9 +88,22 @@ def affine_attention(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """The output from a fused softmax and a mean of values, without explicit weights. Averages as in
     `affine_weights`."""
-    heads, queries = call.query.shape[1], call.query.shape[2]
-    check_alpha(alpha, average, heads, queries)
-    attended = wide(fused_softmax(call))
+    check_alpha(alpha, average, call.query.shape[1], call.query.shape[2])
+    return affine_output(call, fused_softmax(call), alpha, average, length=length)
+
+
+def affine_output(
+    call: Operation,
+    attended: Float[Tensor, "batch heads queries value_dim"],
+    alpha: Float[Tensor, "batch heads queries"],
+    average: Float[Tensor, " #heads"] | None,
+    *,
+    length: float | None = None,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """The same where the softmax attention is there already."""
+    heads = call.query.shape[1]
+    check_alpha(alpha, average, heads, call.query.shape[2])
+    attended = wide(attended)
     alpha = alpha[..., None].to(attended.dtype)
     if average is None:
         return (alpha * attended).to(call.value.dtype)

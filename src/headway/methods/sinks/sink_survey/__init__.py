@@ -8,14 +8,15 @@ chapters:
   `LogitLever`, `HeadBroadcast`, `Redistribution`, `VisualRedistribution`; `registers`, `prefix` and `losses`.
   StreamingLLM, DuoAttention and ACT, which the survey also lists, are methods of their own;
 - interpretation: tests that return a number and a verdict;
-- mitigation: the normalisers of `headway.kernels.normalizers`, and `headway lab sinks`, which trains them; at inference
-  `norm_mask`.
+- mitigation: the normalisers of `headway.kernels.normalizers`, and `headway lab sinks`, which trains them; beside the
+  weights of a trained host `SinkAdapter`; at inference `norm_mask`.
 """
 
 from __future__ import annotations
 
 from headway.card import Card
 from headway.methods.sinks.sink_survey.a2sf import A2SF
+from headway.methods.sinks.sink_survey.adapters import SinkAdapter
 from headway.methods.sinks.sink_survey.broadcast import HeadBroadcast, densest_heads, sink_density
 from headway.methods.sinks.sink_survey.h2o import H2O
 from headway.methods.sinks.sink_survey.intactkv import IntactKV
@@ -95,6 +96,7 @@ __all__ = [
     "PrefixTokens",
     "QuantisationError",
     "Redistribution",
+    "SinkAdapter",
     "SinkMask",
     "VisualRedistribution",
     "activation_error",

@@ -4,13 +4,16 @@
                                                       block: j in the block of i or the `keep` blocks before it
 
 Survey: arXiv 2604.10098. Λ is the mask of LM-Infinite, arXiv 2308.16137. The patterns are fixed ones, good beside the
-estimated ones of FlexPrefill. Sinks are the first real tokens of each sequence, wherever padding puts them.
+estimated ones of FlexPrefill. Sinks are the first real tokens of each sequence, wherever padding puts them. A host with
+learned sinks or a gate on the output of attention is masked alike, and told that it needs none of them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,10 +23,14 @@ from headway.door import AttentionCall, Dense, Keys, Selection, Selector, Site, 
 from headway.door.selector_calls import require_one_way
 from headway.errors import ArgumentError, unknown
 from headway.methods.budget import check_share
-from headway.methods.sinks.sink_survey.places import first_of
+from headway.methods.sinks.sink_survey.places import first_of, sink_free
+
+log = logging.getLogger(__name__)
 
 PATTERNS = ("lambda", "vertical_slash", "block")
 SINKS = 4
+#: Models that were told that they need no first tokens.
+_TOLD: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ class SinkMask(Selector):
 
     def select(self, call: AttentionCall) -> Selection:
         require_one_way(call, self.title)
+        self._tell(call)
         if call.first_key:
             return Dense()
         if self.pattern == "lambda" and call.keys <= self.window:
@@ -71,6 +79,15 @@ class SinkMask(Selector):
         # Rows of padding read their own key, which the host hides.
         valid[..., 0] = True
         return Keys(index.clamp(0, call.keys - 1)[:, None], valid[:, None], query_block=1)
+
+    def _tell(self, call: AttentionCall) -> None:
+        model = call.forward.model
+        if model is None or model in _TOLD or not self.sinks:
+            return
+        instead = sink_free(call)
+        if instead is not None:
+            _TOLD.add(model)
+            log.warning("%s: the host has %s, so its first tokens need not be read by every row.", self.title, instead)
 
     def _columns(
         self, own: Int[Tensor, " queries"], first: Int[Tensor, " batch"]

@@ -34,11 +34,13 @@ def sink_contribution(
     value: Float[Tensor, "batch kv_heads keys dim"],
     sinks: Bool[Tensor, "#batch #heads #rows keys"],
 ) -> tuple[Float[Tensor, "batch heads rows"], Float[Tensor, "batch heads rows"]]:
-    """The share of each row on the sinks, and ‖A_S V_S‖ / ‖A V‖ (NaN for an output of zero)."""
+    """The share of each row on the sinks, and ‖A_S V_S‖ / ‖A V‖: 0 where attended sinks add nothing, also to an output
+    of zero; NaN for other outputs of zero."""
     weights, value = weights.float(), value.float()
     own = weights * sinks
     part, whole = (grouped_values(w, value).norm(dim=-1) for w in (own, weights))
-    return own.sum(-1), part / whole.masked_fill(whole == 0, torch.nan)
+    share, ratio = own.sum(-1), part / whole.masked_fill(whole == 0, torch.nan)
+    return share, torch.where((part == 0) & (share > 0), 0.0, ratio)
 
 
 def no_op(
