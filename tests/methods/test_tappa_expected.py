@@ -101,6 +101,15 @@ def test_it_holds_what_tappa_holds():
     assert held[0] == held[1]
 
 
+@pytest.mark.parametrize("level", ["layer", "head"])
+def test_the_window_stays_where_the_budget_has_no_room_for_all_sinks(level):
+    """One key beside the window: the first token, never one of the last in place of another sink."""
+    with headway.use(decoder("Llama"), ExpectedAttention(budget=7, window=6, level=level, slack=0)) as handle:
+        cache = handle.model(input_ids=contract.tokens(1, 30), use_cache=True).past_key_values
+    held = [places for layer in cache.layers for store in layer.parts for places in store.positions[0].tolist()]
+    assert held == [[0, *range(24, 30)]] * 6
+
+
 def test_bad_options_and_hosts_without_rotary_positions_are_refused():
     for name, value in {"future": 0, "sinks": -1, "epsilon": -0.1}.items():
         with pytest.raises(ArgumentError, match=f"{name}: got {value}"):

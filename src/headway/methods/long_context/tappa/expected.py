@@ -81,9 +81,10 @@ def expected_scores(
 class ExpectedAttention(TappaEviction):
     """Expected Attention at a budget of keys per layer: `headway.use(model, ExpectedAttention(budget=512))`.
 
-    budget, window and slack are those of `TappaEviction`, so both hold the same bytes; future: positions ahead whose
-    rotations are averaged; sinks: first tokens that stay; epsilon: see the module. A prompt is ranked by its own
-    queries; what decoding adds leaves as under `TappaEviction`. Hosts without RoPE are refused with HostError."""
+    budget, window and slack are those of `TappaEviction`, so both hold the same bytes; future: positions ahead
+    whose rotations are averaged; sinks: first tokens that stay, as far as the budget goes; epsilon: see the module.
+    A prompt is ranked by its own queries; what decoding adds leaves as under `TappaEviction`. Hosts without RoPE
+    are refused with HostError."""
 
     preference: str = "uniform"
     stage: Stage = "pre_rope"
@@ -128,7 +129,8 @@ class ExpectedAttention(TappaEviction):
                 epsilon=self.epsilon,
             )
             first = _places(call, store.positions.clamp(min=0)) < self.sinks
-            found.append(scores.masked_fill(real & first, torch.inf))
+            # Above every other past key and below the window, which a budget of fewer keys than sinks must not cost.
+            found.append(scores.masked_fill(real & first, torch.finfo(scores.dtype).max))
         return found
 
 
