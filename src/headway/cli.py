@@ -128,6 +128,9 @@ def compare(
     ] = None,
     count: Annotated[int, typer.Option(help="Samples of each task.")] = 6,
     modes: Annotated[str, typer.Option(help="Question-blind, question-aware, or both.")] = "blind,aware",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask in the model's chat template, as instruction-tuned models want it.")
+    ] = False,
     chunk: Annotated[int | None, typer.Option(help="Prefill so many tokens at once (default: whole prompts).")] = None,
     repeats: Annotated[int, typer.Option(help="Pairs of timed runs, method beside dense.")] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded in a timed run.")] = 16,
@@ -160,6 +163,7 @@ def compare(
         tokens=tokens,
         count=count,
         chunk=chunk,
+        chat=chat,
         repeats=repeats,
         new_tokens=new_tokens,
         save=save,
@@ -241,7 +245,7 @@ def plan(
     budgets: Annotated[
         str, typer.Option("--budgets", "--budget", help="Shares of the keys, such as 0.25,0.1.")
     ] = "0.25",
-    hardware: Annotated[str, typer.Option(help="h100, a100 or cpu.")] = "h100",
+    hardware: Annotated[str | None, typer.Option(help="h100, a100 or cpu (default h100).")] = None,
     devices: Annotated[
         int | None, typer.Option(help="How many share the work (default: as many as dense attention needs).")
     ] = None,
@@ -301,7 +305,7 @@ Normalizer = Annotated[
 Width = Annotated[int, typer.Option(help="Width of the model.")]
 Layers = Annotated[int, typer.Option(help="Its layers.")]
 Heads = Annotated[int, typer.Option(help="Its heads.")]
-Mlp = Annotated[str, typer.Option(help="swiglu, sglu, geglu, gelu, relu or none.")]
+Mlp = Annotated[str, typer.Option(help="swiglu, geglu, reglu, sglu, gelu, relu, swish or none.")]
 Norm = Annotated[str, typer.Option(help="rms, srms, layer or single_scale.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
 Optimizer = Annotated[str, typer.Option(help="adamw, orthoadam or muon.")]

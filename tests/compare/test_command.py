@@ -100,6 +100,12 @@ def test_an_interrupted_run_says_where_it_goes_on(folder, tmp_path):
         (["--save", "money"], "memory"),
         (["--tolerance", "-1"], "tolerance"),
         (["--text", "/no/such/file"], "no file"),
+        (["--count", "0"], "count"),
+        (["--chunk", "0"], "chunk"),
+        (["--tokens", "100"], "at least 160"),
+        (["--repeats", "1"], "at least 2, for an interval"),
+        (["--new-tokens", "1"], "new_tokens: got 1, expected a whole number of at least 2"),
+        (["--tokens", "200", "--new-tokens", "101"], "expected 2..100"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line_before_the_model_is_loaded(arguments, words, tmp_path):
@@ -151,14 +157,15 @@ def test_every_spelling_of_an_option_says_the_same(spelling, monkeypatch, tmp_pa
         pass
 
     def compare(host, tokenizer, given, **options):
-        raise EnoughError(host, given.text, options["methods"], options["tasks"], options["budgets"])
+        raise EnoughError(host, given.text, *(options[name] for name in ("methods", "tasks", "budgets", "chat")))
 
     monkeypatch.setattr(command, "load", lambda name, **_: (name, None))
     monkeypatch.setattr(command, "compare", compare)
     (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
     given = ["compare", "MODEL", "--text", str(tmp_path / "text.txt"), *spelling, "--out", str(tmp_path / "out")]
+    given.append("--chat")
     done = CliRunner().invoke(app, given)
-    wanted = ("MODEL", "a text", ["window", "sinks-window"], ["perplexity", "passkey"], [0.5, 0.25])
+    wanted = ("MODEL", "a text", ["window", "sinks-window"], ["perplexity", "passkey"], [0.5, 0.25], True)
     assert isinstance(done.exception, EnoughError), done.exception
     assert done.exception.args == wanted
 

@@ -345,6 +345,7 @@ def test_a_short_text_is_read_as_far_as_it_goes_and_named():
         ({"save": "money"}, "memory"),
         ({"count": 0}, "count"),
         ({"chunk": 0}, "chunk"),
+        ({"chat": True}, "without a chat template"),
         ({"repeats": 1}, "repeats"),
         ({"new_tokens": 150}, "new_tokens"),
         ({"tolerance": -1}, "tolerance"),

@@ -14,6 +14,7 @@ from headway.tasks.samples import Sample
 from headway.tasks.turns import SharedContext
 from tests.look.tiny import byte_tokenizer, tiny_llama
 from tests.tasks.recaller import Recaller, TokenCache
+from tests.tasks.test_samples import TEMPLATE
 
 TOKENIZER = byte_tokenizer()
 HOST = tiny_llama(num_hidden_layers=1, max_position_embeddings=2048)
@@ -21,16 +22,18 @@ ASKING = ["passkey", "needle", "recall", "turns", "niah_single_1", "niah_multike
 TOKENS = 1400
 
 
-def setting_of(host: torch.nn.Module) -> Setting:
+def setting_of(host: torch.nn.Module, *, chat: bool = False) -> Setting:
     text = default_text()
+    tokenizer = byte_tokenizer() if chat else TOKENIZER
+    tokenizer.chat_template = TEMPLATE if chat else None
     return Setting(
-        model=host, tokenizer=TOKENIZER, text=text, ids=tokenize(TOKENIZER, text, TOKENS), count=1, seed=0,
-        modes=("blind", "aware"), chunk=None,
+        model=host, tokenizer=tokenizer, text=text, ids=tokenize(TOKENIZER, text, TOKENS), count=1, seed=0,
+        modes=("blind", "aware"), chunk=None, chat=chat,
     )  # fmt: skip
 
 
-def samples_of(task: str) -> list[Sample]:
-    found = TASKS[task].prepare(setting_of(HOST))
+def samples_of(task: str, *, chat: bool = False) -> list[Sample]:
+    found = TASKS[task].prepare(setting_of(HOST, chat=chat))
     return [s for one in found for s in (one.questions if isinstance(one, SharedContext) else [one])]
 
 
@@ -74,6 +77,36 @@ def test_blind_prefills_the_context_alone_and_aware_the_same_tokens_with_the_que
     for ids in first:
         text = TOKENIZER.decode(ids[0])
         assert not any(sample.question.strip() in text for sample in samples)
+
+
+@pytest.mark.parametrize("task", ASKING)
+def test_in_a_chat_context_and_question_are_the_users_and_the_prefix_begins_the_answer(task):
+    """Blind, the beginning of the template and the context are read first; the prompt is as long as without it."""
+    for plain, sample in zip(samples_of(task), samples_of(task, chat=True), strict=True):
+        text = TOKENIZER.decode(sample.prompt_ids[0], clean_up_tokenization_spaces=False)
+        user, mark, said = text.partition("</u><a>")
+        assert mark
+        assert text.startswith("<u>")
+        assert sample.context in user
+        assert user.endswith(sample.question.rstrip())
+        assert said == sample.prefix
+        assert "<a>" not in TOKENIZER.decode(sample.context_ids[0])
+        assert abs(sample.prompt_tokens - plain.prompt_tokens) < 0.1 * TOKENS
+
+
+def test_cells_of_a_chat_are_others_and_times_are_the_same(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    options = {"tasks": ["passkey"], "modes": ["aware"], "tokens": 600, "count": 1, "repeats": 2, "new_tokens": 2}
+    methods = [("window", PlainWindow(window=50))]
+    reused = []
+    for chat in (False, True):
+        found = headway.compare(
+            HOST, tokenizer, default_text(), methods=methods, out=tmp_path, chat=chat, **options
+        )  # fmt: skip
+        assert found.run["chat_template"] is chat
+        reused.append((found.run["cells_measured"], found.run["cells_reused"]))
+    assert reused == [(4, 0), (2, 2)]
 
 
 class Peeking(Recaller):

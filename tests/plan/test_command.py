@@ -77,6 +77,8 @@ def test_every_spelling_of_an_option_plans_the_same(machine, spelling):
         (["smollm2", "--layers", "3"], "--layers"),
         (["--layers", "3"], "--hidden"),
         (["--check", "--layers", "3"], "--check"),
+        (["--check", "--hardware", "a100"], "--hardware"),
+        (["--check", "--batch", "2"], "--batch"),
     ],
 )
 def test_wrong_arguments_give_one_useful_line(arguments, words):

@@ -13,6 +13,7 @@ from headway.tasks.answering import answer
 from headway.tasks.ruler import DEPTHS, RULER, ruler_sample, ruler_samples
 from headway.tasks.ruler.questions import definitions
 from headway.tasks.ruler.tracing import zeta_counts
+from headway.tasks.words import FILLER, prose
 from tests.look.tiny import byte_tokenizer
 from tests.tasks.recaller import Recaller
 from tests.tasks.ruler_solver import asked, solve
@@ -80,6 +81,36 @@ def test_needles_have_their_number_and_type_and_stand_once(task, references, pat
     planted = len(re.findall(r"The secret \w+ of \S+ is ", sample.context))
     expected = {"niah_multikey_1": 4, "niah_multivalue": 4, "niah_multiquery": 4}.get(task, 1)
     assert planted > 20 if task in ("niah_multikey_2", "niah_multikey_3") else planted == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "haystack"),
+    [
+        ("niah_single_1", "filler"),
+        ("niah_single_2", "essay"),
+        ("niah_single_3", "essay"),
+        ("niah_multikey_1", "essay"),
+        ("niah_multikey_2", "needles"),
+        ("niah_multikey_3", "needles"),
+        ("niah_multivalue", "essay"),
+        ("niah_multiquery", "essay"),
+        ("vt", "filler"),
+    ],
+)
+def test_a_haystack_is_repeated_filler_an_essay_or_made_of_needles(task, haystack):
+    """Of each kind, all but what was planted and the words that fill the last tokens."""
+    hay = one(task).context.rsplit("\n\n", 1)[1]
+    planted = r"The secret \w+ of \S+ is [\w-]+\.|VAR [A-Z]+ = [\w ]+\."
+    rest = re.sub(planted, "", hay)
+    counts = {
+        "filler": sum(hay.count(sentence) for sentence in FILLER),
+        "essay": sum(sentence in hay for sentence in prose(TEXT)),
+        "needles": len(re.findall(planted, hay)) if len(rest.split()) < 50 else 0,
+    }
+    assert counts[haystack] > 10
+    assert max(counts[kind] for kind in counts if kind != haystack) <= (8 if haystack == "needles" else 0)
+    if haystack == "filler":
+        assert not re.sub("|".join(re.escape(sentence) for sentence in FILLER), "", rest).split()[20:]
 
 
 def test_a_single_needle_stands_where_it_was_asked_to():

@@ -8,13 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from headway.compare.comparing import check_choices, compare
+from headway.compare.comparing import LEAST_TOKENS, check_choices, compare
 from headway.compare.methods import check_share, resolve
 from headway.compare.quality import check_tasks
+from headway.compare.speed import check_repeats
 from headway.compare.terminal import summarise
 from headway.errors import ArgumentError
 from headway.files import write_atomically
 from headway.hosts import default_text, load, read_text
+from headway.hosts.text import check_counts
 from headway.methods.budget import parse_shares
 from headway.pages.console import check_folder, going_on, progress_bar
 
@@ -44,6 +46,8 @@ def run(
     check_share(tolerance)
     asked = parse_names("--modes", modes)
     check_choices(asked, options["save"], options["count"], options["chunk"])
+    check_counts(options["tokens"], needed=LEAST_TOKENS)
+    check_repeats(options["repeats"], options["new_tokens"], options["tokens"])
     given = default_text() if text is None else read_text(text, encoding=encoding)
     check_folder(out)
     console = Console(stderr=True)

@@ -32,6 +32,7 @@ from headway.hosts import Text, default_text, positions_of, tokenize
 from headway.hosts.facts import model_facts, versions
 from headway.progress import Tell
 from headway.tasks.answering import chunks
+from headway.tasks.samples import chat_frame
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def compare(
     count: int = 6,
     modes: Sequence[str] = MODES,
     chunk: int | None = None,
+    chat: bool = False,
     repeats: int = 5,
     new_tokens: int = 16,
     tolerance: float = 0.05,
@@ -71,15 +73,18 @@ def compare(
     stages) and (name, at_budget). budgets: shares of the keys in (0, 1]. tasks: see `quality.TASKS`; times are always
     measured. tokens: how much of the text is read, and how long generated prompts are (1,024 by default, or what text
     and model have). count: samples of a task. modes: "blind" and "aware" of the question. chunk: prefill so many tokens
-    at once. repeats: pairs of timed runs; new_tokens: tokens decoded in each. tolerance: the loss that a recommended
-    point may have. save: what it is to save, "time", "memory", or "auto" for time if any can be saved, else memory.
-    out: a folder for finished cells; a second call with the same settings goes on from them.
+    at once. chat: put the prompts of generated questions into the tokenizer's chat template. repeats: pairs of timed
+    runs; new_tokens: tokens decoded in each. tolerance: the loss that a recommended point may have. save: what it is to
+    save, "time", "memory", or "auto" for time if any can be saved, else memory. out: a folder for finished cells; a
+    second call with the same settings goes on from them.
 
     Raises ArgumentError for wrong arguments, HostError for a model without a cache. A method that refuses becomes a
     point with the reason."""
     start = time.perf_counter()
     check_tasks(tasks)
     check_choices(modes, save, count, chunk)
+    if chat:
+        chat_frame(tokenizer)
     tolerance = check_share(tolerance)
     given = default_text() if text is None else text if isinstance(text, Text) else Text.of(text, "the given text")
     positions = positions_of(model)
@@ -95,6 +100,7 @@ def compare(
         seed=seed,
         modes=tuple(dict.fromkeys(modes)),
         chunk=chunk,
+        chat=chat,
     )
     chosen = candidates(methods, budgets, tokens=setting.tokens, model=model)
     load = _load()
@@ -111,6 +117,7 @@ def compare(
         "budgets": [float(budget) for budget in budgets],
         "samples": count,
         "modes": list(setting.modes),
+        "chat_template": chat,
         "prefill_chunk": chunk if chunk is not None else "whole prompt",
         "repeats": repeats,
         "new_tokens": new_tokens,
@@ -214,7 +221,7 @@ class _Work:
         if task == SPEED:
             settings |= {"repeats": self.repeats, "new_tokens": self.new_tokens, "threads": torch.get_num_threads()}
         else:
-            settings |= {"count": self.setting.count, "seed": self.setting.seed}
+            settings |= {"count": self.setting.count, "seed": self.setting.seed, "chat": self.setting.chat}
         return settings
 
 

@@ -42,7 +42,9 @@ def passkeys(setting: Setting) -> list[Sample]:
 
 def _grid(setting: Setting, text: str | None) -> list[Sample]:
     depths = np.linspace(0, 100, setting.count).tolist() if setting.count > 1 else [50.0]
-    return list(needle_grid(setting.tokenizer, [setting.tokens], depths=depths, text=text, seed=setting.seed))
+    return list(
+        needle_grid(setting.tokenizer, [setting.tokens], depths=depths, text=text, seed=setting.seed, chat=setting.chat)
+    )
 
 
 def measure_needle(setting: Setting, samples: list[Sample], mode: str, drives: bool) -> tuple[list[Score], int | None]:
@@ -54,7 +56,9 @@ def measure_passkey(setting: Setting, samples: list[Sample], mode: str, drives: 
 
 
 def recalls(setting: Setting) -> list[Sample]:
-    return list(recall_samples(setting.tokenizer, setting.tokens, count=setting.count, seed=setting.seed))
+    return list(
+        recall_samples(setting.tokenizer, setting.tokens, count=setting.count, seed=setting.seed, chat=setting.chat)
+    )
 
 
 def measure_asked(
@@ -75,6 +79,7 @@ def rulers(setting: Setting, tasks: Sequence[str] | None = None) -> list[Sample]
             tasks=tasks,
             count=setting.count,
             seed=setting.seed,
+            chat=setting.chat,
         )
     )
 
@@ -163,6 +168,7 @@ def contexts_of(setting: Setting) -> list[SharedContext]:
             questions=QUESTIONS,
             text=setting.text.text,
             seed=setting.seed,
+            chat=setting.chat,
         )
     )
 

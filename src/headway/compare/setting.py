@@ -21,7 +21,8 @@ MODES = ("blind", "aware")
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What every task is given. `ids` are the text's first tokens, `tokens` the length of a generated prompt, `count`
-    how many samples a task has, `chunk` how much is prefilled at once (None: everything)."""
+    how many samples a task has, `chunk` how much is prefilled at once (None: everything), `chat` whether prompts of
+    generated questions stand in the tokenizer's chat template."""
 
     model: nn.Module
     tokenizer: Any
@@ -31,6 +32,7 @@ class Setting:
     seed: int
     modes: tuple[str, ...]
     chunk: int | None
+    chat: bool = False
 
     @property
     def tokens(self) -> int:

@@ -47,10 +47,15 @@ class Once:
     paths: dict[str, int] = field(default_factory=dict)
 
 
-def check_repeats(repeats: int, new_tokens: int, tokens: int) -> None:
+def check_repeats(repeats: int, new_tokens: int, tokens: int | None) -> None:
+    """Refuses what cannot be timed; `tokens` is None where the length of the text is not known yet."""
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 2:
         raise ArgumentError(f"repeats: got {repeats!r}, expected a whole number of at least 2, for an interval.")
-    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or not 2 <= new_tokens <= tokens // 2:
+    whole = isinstance(new_tokens, int) and not isinstance(new_tokens, bool)
+    if tokens is None:
+        if not whole or new_tokens < 2:
+            raise ArgumentError(f"new_tokens: got {new_tokens!r}, expected a whole number of at least 2.")
+    elif not whole or not 2 <= new_tokens <= tokens // 2:
         raise ArgumentError(
             f"new_tokens: got {new_tokens!r}, expected 2..{tokens // 2}, half of the {tokens:,} tokens of the text."
         )

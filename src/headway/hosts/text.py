@@ -127,7 +127,7 @@ def tokenize(
     Raises ArgumentError for more tokens than positions unless `allow_longer`, and for a text that is too short."""
     given = text if isinstance(text, Text) else Text.of(text, "the given text")
     tokenizer = _text_tokenizer(tokenizer)
-    _check_counts(tokens, positions, needed, allow_longer)
+    check_counts(tokens, positions=positions, needed=needed, allow_longer=allow_longer)
     # One token more than the model has positions is enough to know that the text does not fit.
     limit = tokens if tokens is not None else None if allow_longer or positions is None else positions + 1
     ids = _first_tokens(tokenizer, given.text, limit)
@@ -167,7 +167,10 @@ def _text_tokenizer(tokenizer: Any) -> Any:
     return found
 
 
-def _check_counts(tokens: int | None, positions: int | None, needed: int, allow_longer: bool) -> None:
+def check_counts(
+    tokens: int | None, *, positions: int | None = None, needed: int = 1, allow_longer: bool = False
+) -> None:
+    """Refuses numbers of tokens that no text could have; `positions` is None where the model is not known yet."""
     if tokens is None:
         return
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:

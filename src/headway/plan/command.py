@@ -28,7 +28,7 @@ def run(
     tokens: str | None,
     methods: str,
     budgets: str,
-    hardware: str,
+    hardware: str | None,
     devices: int | None,
     dtype: str | None,
     batch: int,
@@ -44,9 +44,10 @@ def run(
             f"model: got {model!r} and {_flag(next(iter(given)))}, expected a name or sizes. Leave one of them out."
         )
     if measure:
-        if given or batch != 1 or devices is not None:
+        if given or batch != 1 or devices is not None or hardware is not None:
             raise ArgumentError(
-                "--check: got sizes, --batch or --devices, expected a model that can be run here, such as smollm2."
+                "--check: got sizes, --batch, --devices or --hardware, expected a model that can be run here, such as "
+                "smollm2: it measures one sequence on this machine. Leave them out."
             )
         found = _check(model or "smollm2", tokens, chosen, dtype or "float32")
         _print(found.to_dict(), check_table(found), as_json)
@@ -56,7 +57,7 @@ def run(
         config,
         tokens=PLAN_TOKENS if tokens is None else tokens,
         methods=chosen,
-        machine=hardware,
+        machine=hardware or "h100",
         devices=devices,
         dtype=dtype or "bfloat16",
         batch=batch,

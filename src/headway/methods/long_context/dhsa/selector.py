@@ -51,7 +51,8 @@ class DHSA(Selector):
     whether to run dense where that is as fast.
 
     Beside the cache of a request it keeps the sums of its chunks, one float32 vector per chunk and KV head.
-    Blocks of queries are counted from the first row of a forward: padding by a multiple of `block` changes nothing."""
+    Blocks of queries are counted from the first row of a forward: padding in front by a multiple of `block`, and any
+    behind, changes nothing."""
 
     boundaries: BoundarySource = field(default_factory=Similarity)
     budget: int | None = 2048
