@@ -148,8 +148,15 @@ class TestSources:
         assert found[0].nonzero()[:, 0].tolist() == [0, 2, 6]
 
     def test_separators_without_tokens_are_refused(self):
-        with pytest.raises(HostError, match="input_ids by keyword"):
+        with pytest.raises(HostError, match="without input_ids by keyword"):
             Separators(ids=(9,)).starts(piece_of(keys(8)))
+
+    def test_separators_of_a_request_that_began_elsewhere_are_refused_by_what_is_missing(self):
+        """A step outside whose scope the prompt was read: its tokens were never seen."""
+        forward = Forward(inputs={"input_ids": torch.tensor([[5]])})
+        call = AttentionCall.from_tensors(*[keys(8)] * 3, causal=True, forward=forward)
+        with pytest.raises(HostError, match=r"input_ids of shape \(1, 1\) where 8 tokens are to be cut"):
+            Separators(ids=(9,)).starts(piece_of(keys(8), call=call))
 
     def test_separator_tokens_are_those_that_end_with_a_mark(self):
         class Letters:
@@ -224,6 +231,13 @@ class TestLabels:
         assert bool(targets[0, 31])
         assert not bool(targets[0, 40:].any())
         assert counts[0].nonzero()[:, 0].tolist() == list(range(7, 56))
+
+    def test_a_ratio_of_two_is_a_boundary_as_in_the_released_labels(self):
+        """σ(α (ln ρ − ln β)) ≥ ½ with α = β = 2, which is ρ ≥ 2."""
+        ratio = torch.tensor([1.0, 1.999, 2.0, 2.5, 9.0])
+        targets, _ = boundary_targets(ratio[None])
+        assert targets[0].tolist() == [False, False, True, True, True]
+        assert torch.equal(targets[0], torch.sigmoid(2 * (ratio.log() - torch.tensor(2.0).log())) >= 0.5)
 
     def test_padded_rows_are_left_out(self):
         query, key = (torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
