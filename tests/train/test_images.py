@@ -105,6 +105,13 @@ def test_batches_depend_on_their_number_alone():
     assert numbers(ImageStream(made(), 7, seed=4).batch(0)) != numbers(expected[0])
 
 
+def test_a_stream_tells_what_its_batches_are_made_of():
+    about = ImageStream(made(), 7, seed=3).made_of()
+    assert about == ImageStream(made(), 7, seed=3).made_of()
+    others = ({"batch": 6, "seed": 3}, {"batch": 7, "seed": 4}, {"batch": 7, "seed": 3, "shift": 1})
+    assert all(ImageStream(made(), **other).made_of() != about for other in others)
+
+
 def test_labels_stay_with_their_images():
     for index in range(6):
         batch = ImageStream(made(), 8, seed=3).batch(index)

@@ -6,12 +6,16 @@ import json
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from headway.errors import ArgumentError, ConflictError, HeadwayError
-from headway.train import Stream, checkpoint_steps, load_checkpoint, read_log, wsd
+from headway.models import HeadwayConfig, HeadwayForCausalLM
+from headway.train import Stream, Trained, checkpoint_steps, load_checkpoint, read_log, train, wsd
+from headway.train.generated import Copy, KeyValue
+from headway.train.regression import PiecewiseRegression
 from headway.train.trees import join, split
 from tests.train.small import EVERY, STEPS, batch, in_a_process, model, run
 
@@ -219,6 +223,45 @@ def test_checkpoints_are_safetensors_and_json_with_tied_weights_once(uninterrupt
 def test_another_run_is_not_mixed_with_this_one(uninterrupted, options, words):
     with pytest.raises(ArgumentError, match=words):
         run(uninterrupted[0], resume=True, **options)
+
+
+COPY = Copy(count=4, symbols=16, rows=2)
+
+
+def of_a_config(folder, *, steps: int, task=COPY, **options) -> Trained:
+    config = HeadwayConfig(vocab_size=64, width=8, layers=1, heads=2, mixer_options={"window": 4} | options)
+    torch.manual_seed(0)
+    return train(
+        HeadwayForCausalLM(config), replace(task), steps=steps, schedule="constant", folder=folder, resume=True
+    )
+
+
+def test_other_data_or_another_model_of_the_same_shapes_is_another_run(tmp_path):
+    """Their checkpoints fit, so nothing else would tell."""
+    of_a_config(tmp_path, steps=2)
+    for task, words in (
+        (replace(COPY, rows=4), "batches.rows was 2 and is 4"),
+        (replace(COPY, seed=1), "batches.seed was 0 and is 1"),
+        (replace(COPY, gap=3), "batches.gap was 0 and is 3"),
+        (KeyValue(rows=2), "batches.task was 'copy' and is 'key-value'"),
+        (PiecewiseRegression(rows=2), "batches.task was 'copy' and is 'piecewise-regression'"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            of_a_config(tmp_path, steps=3, task=task)
+    with pytest.raises(ArgumentError, match=r"config.mixer_options was \{'window': 4\} and is \{'window': 5\}"):
+        of_a_config(tmp_path, steps=3, window=5)
+    assert of_a_config(tmp_path, steps=3).resumed == 2
+
+
+def test_a_saved_model_goes_on_with_its_run(tmp_path):
+    """Saving writes into the config of a model, which makes it no other model."""
+    options = {"schedule": "constant", "folder": tmp_path / "run", "resume": True}
+    config = HeadwayConfig(vocab_size=64, width=8, layers=1, heads=2)
+    model = HeadwayForCausalLM(config)
+    train(model, replace(COPY), steps=2, **options)
+    model.save_pretrained(tmp_path / "model")
+    again = HeadwayForCausalLM.from_pretrained(tmp_path / "model")
+    assert train(again, replace(COPY), steps=3, **options).resumed == 2
 
 
 def test_a_folder_with_a_run_is_not_overwritten(uninterrupted):

@@ -170,6 +170,16 @@ def test_batches_depend_on_seed_and_number_alone(tmp_path):
     assert not torch.equal(Packed(tokens, 8, rows=3, seed=1).batch(0)["input_ids"], forward[0])
 
 
+def test_a_stream_tells_what_its_batches_are_made_of(tmp_path):
+    tokens, others = numbers(tmp_path, 50, documents=20), numbers(tmp_path, 50, documents=21)
+    about = Packed(tokens, 8, rows=3).made_of()
+    assert about == Packed(tokens.folder, 8, rows=3).made_of()
+    for other in (Packed(others, 8, rows=3), Packed(tokens, 9, rows=3), Packed(tokens, 8, rows=2),
+                  Packed(tokens, 8, rows=3, seed=1), Packed(tokens, 8, rows=3, resets=True),
+                  Packed(tokens, 8, rows=3, held_out=0.5)):  # fmt: skip
+        assert other.made_of() != about
+
+
 def test_held_out_windows_are_never_trained_on(tmp_path):
     (tmp_path / "count.txt").write_bytes(bytes(i % 128 for i in range(60)) + b"\x7f" * 40)
     tokens = tokenize_folder(tmp_path / "count.txt", tmp_path / "out")

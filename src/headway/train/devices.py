@@ -32,6 +32,10 @@ class OneDevice:
     def place(self, batch: Batch) -> Batch:
         return on(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    def judge(self, batch: Batch) -> tuple[Batch, float]:
+        """A batch of validation, and for which share of it this process counts."""
+        return self.place(batch), 1.0
+
     def last_of(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around each backward pass of an accumulated step; only the last one needs gradients of other processes."""
         return nullcontext()
@@ -75,6 +79,13 @@ class ManyDevices(OneDevice):
             return tensor.chunk(self.world)[self.rank].to(self.device, non_blocking=True)
 
         return on(batch, rows)
+
+    def judge(self, batch: Batch) -> tuple[Batch, float]:
+        """Its rows, where they can be shared out; else all of them, with each process for an equal share."""
+        tensors = [batch] if isinstance(batch, Tensor) else [x for x in batch.values() if isinstance(x, Tensor)]
+        if all(len(tensor) % self.world == 0 for tensor in tensors):
+            return self.place(batch), 1.0
+        return super().place(batch), 1 / self.world
 
     def last_of(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.accelerator.no_sync(model)

@@ -18,10 +18,10 @@ from __future__ import annotations
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import permutations
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,6 +81,9 @@ class Task(Stream):
         key = [self.seed, zlib.crc32(self.name.encode()), int(index < 0), abs(index)]
         ids, labels = self.draw(np.random.default_rng(key))
         return {"input_ids": torch.from_numpy(ids).long(), "labels": torch.from_numpy(labels).long()}
+
+    def made_of(self) -> dict[str, Any]:
+        return {"task": self.name} | {part.name: getattr(self, part.name) for part in fields(self) if part.compare}
 
     def scorer(self, batches: int = 4) -> Callable[[nn.Module], dict[str, float]]:
         """A function model -> loss and accuracy on held-out batches, for `train(validation=…)`."""

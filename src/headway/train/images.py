@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +113,10 @@ class ImageStream(Stream):
     @property
     def per_epoch(self) -> int:
         return len(self.images) // self.size
+
+    def made_of(self) -> dict[str, Any]:
+        about = {"images": self.images.name, "source": self.images.source, "count": len(self.images)}
+        return about | {"batch": self.size, "seed": self.seed, "shift": self.shift}
 
     def batch(self, index: int) -> Batch:
         if index < 0:

@@ -149,7 +149,9 @@ def train(
         dtype=dtype_of(dtype),
     )
     run = Run(model=model, optimizer=chosen, steps=steps)
-    settings = settings_of(run, accumulate=accumulate, clip=clip, dtype=dtype, seed=seed, processes=devices.world)
+    settings = settings_of(
+        run, stream, accumulate=accumulate, clip=clip, dtype=dtype, seed=seed, processes=devices.world
+    )
     place = None if folder is None else Path(folder)
     keeper = Keeper(place, run, stream, asked, rates, devices, settings, keep=keep)
     modes = [(module, module.training) for module in model.modules()]

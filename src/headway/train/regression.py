@@ -8,8 +8,8 @@ how to fit the pairs of the row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,9 @@ class PiecewiseRegression(Stream):
     def chance(self) -> float:
         """Expected squared error of the answer 0, the best one without the row's pairs."""
         return 1 / self.dim
+
+    def made_of(self) -> dict[str, Any]:
+        return {"task": self.name} | {part.name: getattr(self, part.name) for part in fields(self) if part.compare}
 
     def batch(self, index: int) -> dict[str, Tensor]:
         # Held-out batches have negative numbers, which seeds cannot have: they get a stream of their own.

@@ -7,6 +7,7 @@ deterministic), so settings that would make it another run are refused.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from headway.errors import ArgumentError, HeadwayError
 from headway.train.checkpoints import Checkpoint
 from headway.train.run import Callback, Run
-from headway.train.streams import Placed
+from headway.train.streams import Placed, Stream
+
+#: Fields of a config that do not make it another model.
+BY_THE_WAY = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 def parts_of(
@@ -95,7 +99,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
                 loaded[name] = value.to(loaded[name].device)
 
 
-def settings_of(run: Run, **others: Any) -> dict[str, Any]:
+def settings_of(run: Run, stream: Placed, **others: Any) -> dict[str, Any]:
     """What makes a run this run: compared when it is resumed."""
     plain = (bool, int, float, str, type(None))
     groups = [
@@ -113,16 +117,37 @@ def settings_of(run: Run, **others: Any) -> dict[str, Any]:
         "groups": groups,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "model": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "config": _config_of(run.model),
+        "batches": _plain(stream.made_of()) if isinstance(stream, Stream) else {},
     }
 
 
 def check_same(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    stored, now = _flat(stored), _flat(now)
     different = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
     if different:
         shown = "; ".join(f"{name} was {stored.get(name)!r} and is {now.get(name)!r}" for name in different)
         raise ArgumentError(
             f"resume: {folder} belongs to another run: {shown}. Use the settings of then, or another folder."
         )
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    """The config of a transformers model, without what saving and the library's version write into it."""
+    config = getattr(model, "config", None)
+    found = _plain(config.to_dict()) if hasattr(config, "to_dict") else {}
+    return {name: value for name, value in found.items() if name not in BY_THE_WAY and not name.startswith("_")}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values, default=str))
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the config and of the batches beside the others, named config.width and the like."""
+    nested = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    flat = {name: value for name, value in settings.items() if name not in nested}
+    return flat | {f"{name}.{part}": value for name, parts in nested.items() for part, value in parts.items()}
 
 
 def shares_digest(schedule: Callable[[int], float], steps: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,9 +117,10 @@ class Stepper:
                 return {name: float(value) for name, value in batches(model).items()}
             means = Means()
             for batch in batches:
+                placed, share = self.devices.judge(batch)
                 with self.autocast():
-                    loss = as_loss(self.loss(self.forward, self.devices.place(batch)))
-                means.add(loss, float(loss.value))
+                    loss = as_loss(self.loss(self.forward, placed))
+                means.add(replace(loss, count=loss.count * share), float(loss.value))
         return {f"validation_{name}": value for name, value in means.over(self.devices).items()}
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -36,6 +36,10 @@ class Stream(ABC):
     def batch(self, index: int) -> Batch:
         """Batch number `index`; a function of the index alone."""
 
+    def made_of(self) -> dict[str, Any]:
+        """What a batch depends on beside its number, in plain values: a run is resumed on the same alone."""
+        return {}
+
     def held_out(self, count: int) -> list[Batch]:
         """`count` batches that training never meets, for validation: those with negative numbers."""
         return [self.batch(-1 - i) for i in range(count)]

@@ -116,6 +116,17 @@ class Packed(Stream):
             )
         self._epoch, self._order, self._offset = -1, np.zeros(0, np.int64), 0
 
+    def made_of(self) -> dict[str, Any]:
+        shards = ",".join(entry["sha256"] for entry in self.tokens.header["shards"])
+        return {
+            "tokens": hashlib.sha256(shards.encode()).hexdigest()[:16],
+            "length": self.length,
+            "rows": self.rows,
+            "seed": self.seed,
+            "resets": self.resets,
+            "held_out": self.kept,
+        }
+
     def batch(self, index: int) -> dict[str, Tensor]:
         if index < 0:
             return self._held_out(-1 - index)
