@@ -20,6 +20,7 @@ import headway
 from headway.compare.baselines import PlainWindow
 from headway.errors import ArgumentError
 from headway.evaluate import register
+from headway.methods.budget import budgeted, stages_at_budget
 from headway.methods.sinks.streaming_llm import StreamingLLM
 from tests.look.tiny import TEXT, byte_tokenizer, tiny_llama
 
@@ -189,14 +190,37 @@ def test_a_continuation_is_scored_as_it_would_be_decoded(model, tokenizer):
     lm = attach(model, tokenizer, stages=[stage])
     context, continuation = lm.tok_encode(TEXT[:50]), lm.tok_encode(" yes.")
     score, _ = lm.score(context, continuation)
+    assert score == pytest.approx(decoded(model, [stage], context, continuation), abs=1e-4)
+
+
+def decoded(model, stages, context, continuation) -> float:
     total, past = 0.0, None
-    with headway.use(model, stage), torch.no_grad():
+    with headway.use(model, *stages), torch.no_grad():
         pieces = [context, *[[token] for token in continuation]]
         for piece, token in zip(pieces, continuation, strict=False):
             out = model(input_ids=torch.tensor([piece]), past_key_values=past, use_cache=True)
             past = out.past_key_values
             total += float(out.logits[0, -1].log_softmax(-1)[token])
-    assert score == pytest.approx(total, abs=1e-4)
+    return total
+
+
+@pytest.mark.parametrize("slug", sorted(budgeted()))
+def test_any_method_scores_and_writes_as_its_stages_do(model, tokenizer, slug):
+    """At a budget as by hand, of each request's own length; at the full one as dense."""
+    dense, full, part = (
+        attach(model, tokenizer, method=name, budget=share)
+        for name, share in (("dense", 1.0), (slug, 1.0), (slug, 0.4))
+    )
+    context, continuation = dense.tok_encode(TEXT[:120]), dense.tok_encode(" yes.")
+    acting = stages_at_budget(slug, 0.4, tokens=len(context) + len(continuation), model=model)
+    score, _ = part.score(context, continuation)
+    assert score == pytest.approx(decoded(model, acting, context, continuation), abs=1e-4)
+    assert full.score(context, continuation)[0] == pytest.approx(dense.score(context, continuation)[0], abs=1e-3)
+    options = {"max_new_tokens": 6, "pad_token_id": tokenizer.eos_token_id}
+    with headway.use(model, *stages_at_budget(slug, 0.4, tokens=len(context) + 6, model=model)):
+        written = model.generate(torch.tensor([context]), **options)[0, len(context) :]
+    assert part._generate(TEXT[:120], 6, [], {}) == tokenizer.decode(written, skip_special_tokens=True)
+    assert full._generate(TEXT[:120], 6, [], {}) == dense._generate(TEXT[:120], 6, [], {})
 
 
 def test_results_say_which_method_ran_and_what_it_read(model, tokenizer):
