@@ -300,7 +300,7 @@ def doctor(
 
 # Options that `headway train lm` and `headway train vit` share.
 Normalizer = Annotated[
-    str | None, typer.Option("--normalizer", help="What the softmax mixer does to its logits, such as softpick.")
+    str | None, typer.Option("--normalizer", help="What softmax or diffqkv do to their logits, such as softpick.")
 ]
 Width = Annotated[int, typer.Option(help="Width of the model.")]
 Layers = Annotated[int, typer.Option(help="Its layers.")]

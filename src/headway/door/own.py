@@ -127,7 +127,7 @@ class Attend(nn.Module):
         output, _ = function(
             self,
             query,
-            *_matched(key, value),
+            *matched_heads(key, value),
             visible,
             scaling=self.scaling,
             is_causal=square,
@@ -141,8 +141,8 @@ class Attend(nn.Module):
         return output.transpose(1, 2)
 
 
-def _matched(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the least number of heads that the heads of either divide: for the door only, never stored."""
+def matched_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the least number of heads that the heads of either divide: never stored."""
     heads = math.lcm(key.shape[1], value.shape[1])
     key, value = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     return key, value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 
 from headway.door.key_value_state import Appended, append, crop_keys, empty_keys
 from headway.door.mixer import Mixer, State, check_inputs, document_positions, register_mixer, segment_ids, steps
-from headway.door.own import Attend
+from headway.door.normalised import normalised_attention
+from headway.door.own import Attend, matched_heads
 from headway.errors import ArgumentError, ConflictError, unknown
+from headway.kernels.normalizers import Normalizer, Operation, make_normalizer
 from headway.kernels.rope import rope_frequencies, rotate
 from headway.kernels.unequal import check_top, selective_attention, unequal_attention
 from headway.kernels.weighing import Weighing
@@ -35,7 +39,9 @@ class DiffQKV(Mixer):
     the size of query heads, width / heads unless given; `key_dim` and `value_dim` default to it. A smaller `key_dim`
     needs `key_expand`: "absorbed" or "mlp" (see `key_size`; `share_absorbed` has one projection for all key heads).
     `aug_dim` is the width of the query's augmentation: None is 1.5 × width, 0 none; `aug_residual` adds its input.
-    `rope_base` None turns rotation off.
+    `rope_base` None turns rotation off. `normalizer` and its options say how logits become weights, as in the mixer
+    "softmax"; for another one than softmax a call repeats key or value heads to one count (the state never does), and
+    there is no selection of values.
 
     `selective_values` reads that many values per query head, by largest weight, and makes the weights of these sum to
     one unless `renormalize=False`. It is meant for inference; training under it raises unless `selective_training`."""
@@ -65,6 +71,8 @@ class DiffQKV(Mixer):
         selective_values: int | None = None,
         renormalize: bool = True,
         selective_training: bool = False,
+        normalizer: str | Sequence[str] = "softmax",
+        normalizer_options: Mapping[str, Any] | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__(width, heads=heads, layer=layer, layers=layers, causal=causal)
@@ -97,6 +105,7 @@ class DiffQKV(Mixer):
             self.expand = ExpandedKey(self.layout.key_dim, size)
         self.product_dim = size if key_expand == "mlp" else self.layout.key_dim
         self.scale = self.product_dim**-0.5
+        self.normalizer = self._normalizer(normalizer, normalizer_options)
         weighing: Weighing | None = None
         if selective_values is not None:
             weighing = TopWeights(selective_values, renormalize=renormalize)
@@ -171,13 +180,22 @@ class DiffQKV(Mixer):
         if self.expand is not None:
             key = self._turn(self.expand(key), _column_positions(stored))
         visible = stored.visible if self.causal else _both_ways(x, mask, resets)
-        mixed = self.attend(
-            query,
-            key,
-            stored.value,
-            visible=visible,
-            native=lambda: self._native(query, key, stored, visible, mode),
-        )
+        if self.normalizer is None:
+            mixed = self.attend(
+                query,
+                key,
+                stored.value,
+                visible=visible,
+                native=lambda: self._native(query, key, stored, visible, mode),
+            )
+        else:
+            keys, values = matched_heads(key, stored.value)
+            causal = self.causal and stored.causal
+            call = Operation(query=query, key=keys, value=values, scale=self.scale, causal=causal, visible=visible)
+            whole = mask is None and resets is None and state is None
+            mixed = normalised_attention(
+                self.attend, self.normalizer, call, x, mask, whole=whole, by_rows=mode == "reference"
+            )
         y = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return y if mask is None else torch.where(mask[..., None], y, 0.0), stored.state
 
@@ -194,6 +212,25 @@ class DiffQKV(Mixer):
         return selective_attention(
             query, key, stored.value, top=self.selective_values, renormalize=self.renormalize, **options
         )
+
+    def _normalizer(self, name: str | Sequence[str], options: Mapping[str, Any] | None) -> Normalizer | None:
+        """The module of the normaliser; None for softmax, which has forms of its own here."""
+        if name == "softmax" and not options:
+            return None
+        layout = self.layout
+        if self.selective_values is not None:
+            raise ConflictError(
+                f"normalizer: got {name!r} with selective_values={self.selective_values}, expected 'softmax': the "
+                "values read are those of the largest softmax weights. Leave one of the two out."
+            )
+        if layout.value_dim != self.product_dim:
+            raise ArgumentError(
+                f"value_dim: got {layout.value_dim} with keys of size {self.product_dim} and the normaliser {name!r}, "
+                "expected equal sizes: normalisers may add keys and values of their own. Use 'softmax' or equal sizes."
+            )
+        heads = math.lcm(layout.key_heads, layout.value_heads)
+        shape = {"width": self.width, "heads": self.heads, "kv_heads": heads, "head_dim": self.product_dim}
+        return make_normalizer(name, scale=self.scale, **shape, **(options or {}))
 
     def _turn(self, x: Tensor, positions: Int[Tensor, "batch tokens"]) -> Tensor:
         # Made anew and not a buffer, which a cast of the module to bfloat16 would spoil.

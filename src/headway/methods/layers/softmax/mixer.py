@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from headway.door.key_value_state import append, crop_keys, empty_keys
 from headway.door.mixer import Mixer, State, check_inputs, document_positions, register_mixer, steps
+from headway.door.normalised import normalised_attention
 from headway.door.own import Attend
 from headway.errors import ArgumentError, unknown
-from headway.kernels.normalizers import Operation, explicit_attention, make_gate, make_normalizer
+from headway.kernels.normalizers import Operation, make_gate, make_normalizer
 from headway.kernels.norms import RMSNorm
 from headway.kernels.position_bias import BUCKETS, alibi_bias, relative_buckets, sinusoids
 from headway.kernels.rope import rope_frequencies, rotate
@@ -149,29 +150,9 @@ class SoftmaxAttention(Mixer):
         query, key, value = self._project(x, positions)
         call, after = self._operation(query, key, value, positions, mask, resets, state)
         whole = mask is None and resets is None and state is None
-        weighing = self.normalizer.bind(x, mask, offset=call.offset, length=x.shape[1] if whole else None)
-        mass: list[Tensor | None] = []
-
-        def native() -> Tensor:
-            by_rows = mode == "reference"
-            given = explicit_attention(call, weighing, block=0) if by_rows else self.normalizer.attend(call, weighing)
-            mass.append(given[1])
-            return given[0]
-
-        observed = self.attend.watched
-        output = self.attend(
-            query,
-            call.key,
-            call.value,
-            native=native,
-            visible=call.seen() if observed and call.window is not None else call.visible,
-            bias=call.bias,
-            sinks=self.normalizer.sinks(query),
-            weighing=None if self.normalizer.is_softmax else weighing,
+        output = normalised_attention(
+            self.attend, self.normalizer, call, x, mask, whole=whole, by_rows=mode == "reference"
         )
-        if self.normalizer.needs_mass and not mass:
-            mass.append(explicit_attention(call, weighing)[1])
-        output = self.normalizer.finish(output, mass[0] if mass else None)
         output = self._gated("output", x, output)
         y = self.output(output.transpose(1, 2).flatten(2))
         return y if mask is None else torch.where(mask[..., None], y, 0.0), after if state is not None else None
