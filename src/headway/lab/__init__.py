@@ -7,7 +7,17 @@ found = run_sinks(load_experiment("mitigation"), out="lab-out")
 from __future__ import annotations
 
 from headway.lab.arms import Arm, Experiment, load_experiment, shipped_experiments
+from headway.lab.following import SinkCourse
 from headway.lab.result import ArmResult, SinkLab
 from headway.lab.sinks import run_sinks
 
-__all__ = ["Arm", "ArmResult", "Experiment", "SinkLab", "load_experiment", "run_sinks", "shipped_experiments"]
+__all__ = [
+    "Arm",
+    "ArmResult",
+    "Experiment",
+    "SinkCourse",
+    "SinkLab",
+    "load_experiment",
+    "run_sinks",
+    "shipped_experiments",
+]
