@@ -15,7 +15,8 @@ from tests.door.hosts import CAUSAL, decoder
 
 import headway
 from headway.door.call import AttentionCall
-from headway.errors import ArgumentError
+from headway.errors import ArgumentError, HostError
+from headway.hosts.tiny import tiny_host
 from headway.methods.sinks.sink_survey import A2SF, H2O, IntactKV, KeyDiff, OrthoRank, key_difference, quantise
 from headway.methods.sinks.sink_survey.packed import PackedTokens, pack_pairs, unpack_pairs
 from headway.methods.sinks.sink_survey.ranked import accumulated
@@ -217,6 +218,17 @@ class TestWhatStays:
             with headway.use(model, SMALL[name]()):
                 got = contract.run_in_chunks(model, ids, [2, 1, 1])
         torch.testing.assert_close(got, native, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("host", ["deepseek_v3", "minicpm3"])
+    @pytest.mark.parametrize("name", ["h2o", "keydiff", "intactkv channel"])
+    def test_keys_that_are_stored_compressed_are_refused(self, host, name):
+        """Multi-head latent attention: what is stored is no key, and has another size than one."""
+        model, given = tiny_host(host)
+        with torch.no_grad(), headway.use(model, POLICIES[name]()):
+            with pytest.raises(HostError, match=r"self_attn: got keys of 24 dimensions, 16 in the cache.*latent"):
+                model(input_ids=given["input_ids"], use_cache=True)
+        with torch.no_grad():
+            model(input_ids=given["input_ids"], use_cache=True)
 
     def test_bad_numbers_are_named(self):
         with pytest.raises(ArgumentError, match="budget, recent, sinks: got 4, 3, 2"):
