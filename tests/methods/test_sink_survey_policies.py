@@ -224,9 +224,9 @@ class TestWhatStays:
     def test_keys_that_are_stored_compressed_are_refused(self, host, name):
         """Multi-head latent attention: what is stored is no key, and has another size than one."""
         model, given = tiny_host(host)
-        with torch.no_grad(), headway.use(model, POLICIES[name]()):
-            with pytest.raises(HostError, match=r"self_attn: got keys of 24 dimensions, 16 in the cache.*latent"):
-                model(input_ids=given["input_ids"], use_cache=True)
+        told = r"self_attn: got keys of 24 dimensions, 16 in the cache.*latent"
+        with torch.no_grad(), headway.use(model, POLICIES[name]()), pytest.raises(HostError, match=told):
+            model(input_ids=given["input_ids"], use_cache=True)
         with torch.no_grad():
             model(input_ids=given["input_ids"], use_cache=True)
 
