@@ -306,6 +306,21 @@ class TestQuantisedCache:
         assert held[8] < 0.36 * held[None]
         assert held[4] < 0.25 * held[None]
 
+    def test_a_host_without_sinks_is_told_once_that_none_need_be_exact(self, caplog):
+        for model, instead in (
+            (CAUSAL["gpt-oss learned sinks"](), "learned sinks"),
+            (gated("g_proj"), "a gate on the output of attention"),
+        ):
+            caplog.clear()
+            with headway.use(model, IntactKV(sinks=2)), caplog.at_level(logging.WARNING), torch.no_grad():
+                contract.run_in_chunks(model, contract.tokens(1, 14), [12, 1, 1])
+            told = [r.message for r in caplog.records if r.message.startswith("IntactKV")]
+            assert told == [f"IntactKV: the host has {instead}, so its first tokens need not be exact."]
+        caplog.clear()
+        with headway.use(gated("g_proj"), IntactKV(sinks=0)) as handle, torch.no_grad():
+            handle.model(input_ids=contract.tokens(1, 14), use_cache=True)
+        assert not caplog.records
+
     def test_a_short_prompt_waits_exact(self):
         model, ids = CAUSAL["llama"](), contract.tokens(2, 10)
         with torch.no_grad():

@@ -30,6 +30,7 @@ from headway.door.stages import CachePolicy, Stage
 from headway.errors import ArgumentError, HostError, unknown
 from headway.methods.budget import check_share
 from headway.methods.sinks.sink_survey.packed import BITS, PER, PackedTokens
+from headway.methods.sinks.sink_survey.places import sink_free
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +100,10 @@ class IntactKV(CachePolicy):
                 f"{call.site.name}: got keys of {call.key.shape[3]} dimensions, {layer.exact.key.shape[3]} in the "
                 "cache; expected as many: multi-head latent attention stores its keys compressed."
             )
-        if call.sinks is not None and self.sinks and not cache.told:
+        instead = sink_free(call) if self.sinks and not cache.told else None
+        if instead is not None:
             cache.told = True
-            log.warning("IntactKV: the host has learned sinks, so its first tokens need not be exact.")
+            log.warning("IntactKV: the host has %s, so its first tokens need not be exact.", instead)
         return None if layer.seen == call.queries else [self._part(call, layer)]
 
     def settle(self, cache: Any) -> None:
