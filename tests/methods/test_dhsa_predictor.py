@@ -276,6 +276,13 @@ class TestTraining:
         with pytest.raises(ArgumentError, match="0 epochs"):
             train_predictor(host, planted(3), epochs=0)
 
+    def test_labels_of_another_window_are_refused(self, host):
+        """A predictor that reads other tokens than its labels are about would learn something else without a word."""
+        recorded = record_boundaries(host, texts(2), layers=[0], window=2)
+        with pytest.raises(ArgumentError, match=r"window: got 4 for labels of \[2\] tokens"):
+            train_predictor(host, recorded, heads=2)
+        assert train_predictor(host, recorded, heads=2, window=2, epochs=1).predictor.window == 2
+
     def test_a_text_without_valid_gaps_is_refused(self, host):
         short = [Recorded(torch.randn(12, 16), torch.ones(12), 0, i) for i in range(3)]
         with pytest.raises(ArgumentError, match="expected more than 16"):

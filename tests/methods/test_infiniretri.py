@@ -473,6 +473,21 @@ def test_a_question_before_the_context_leaves_the_cue_to_ask():
         frame_of(Letters(), "who?", "{question} {context}")
 
 
+def test_a_chat_template_stands_around_the_whole_and_its_cue_asks_too():
+    class Templated(Letters):
+        chat_template = "yes"
+
+        def apply_chat_template(self, messages, **_):
+            return f"<user>{messages[0]['content']}<end>bot:"
+
+    frame = frame_of(Templated(), "who?", "Read. {context} Q: {question} A:", chat=True)
+    assert "".join(map(chr, frame.before)) == "<user>Read. "
+    assert "".join(map(chr, frame.after)) == " Q: who? A:<end>bot:"
+    assert "".join(map(chr, frame.after[frame.first : frame.last])) == " who?"
+    with pytest.raises(ArgumentError, match="chat: got True for a Letters without a chat template"):
+        frame_of(Letters(), "who?", chat=True)
+
+
 def test_braces_in_the_question_are_no_slots():
     frame = frame_of(Letters(), "what is {context} or {0}?", "{context} {question}")
     assert "".join(map(chr, frame.after)) == " what is {context} or {0}?"

@@ -624,6 +624,22 @@ def test_training_reaches_every_weight_through_the_recycled_pattern():
     assert float(model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_training_on_a_padded_batch_is_training_on_its_rows(side):
+    """Pads in front move the split of a row back by as many tokens; they are never chosen."""
+    model, ids, mask = decoder("Llama"), contract.tokens(2, 24), torch.ones(2, 24).long()
+    mask[1, slice(0, 5) if side == "left" else slice(21, 24)] = 0
+    real = mask[1].bool()
+    options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+    with headway.use(model, RecycledTraining(split=18, budget=9)), torch.no_grad():
+        both = model(input_ids=ids * mask, **options).logits
+    with headway.use(model, RecycledTraining(split=13 if side == "left" else 18, budget=9)), torch.no_grad():
+        alone = model(input_ids=ids[1:, real], use_cache=False).logits
+    torch.testing.assert_close(both[1:, real], alone, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        assert not torch.allclose(alone, model(input_ids=ids[1:, real]).logits, atol=1e-2)
+
+
 def test_training_refuses_samples_without_a_second_part_or_too_long_a_one():
     model = decoder("Llama")
     with pytest.raises(ArgumentError, match="split: got 0"):

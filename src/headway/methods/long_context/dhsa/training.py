@@ -35,12 +35,14 @@ BEST = 500
 
 @dataclass(frozen=True)
 class Recorded:
-    """One layer on one text: keys (tokens, width), the ratio ρ of every gap, and where it came from."""
+    """One layer on one text: keys (tokens, width), the ratio ρ of every gap with `window` tokens on each side, and
+    where it came from."""
 
     keys: Float[Tensor, "tokens width"]
     ratio: Float[Tensor, " tokens"]
     layer: int
     text: int
+    window: int = WINDOW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def record_boundaries(
         with observe(model, recorder, layers=layers):
             model(input_ids=ids, use_cache=False)
         for keys, ratio, layer in recorder.result():
-            found.append(Recorded(keys[0], ratio[0], layer, number))
+            found.append(Recorded(keys[0], ratio[0], layer, number, window))
     if not found:
         raise ArgumentError("texts: got none that a causal layer read, expected at least one. Pass token ids.")
     return found
@@ -134,6 +136,12 @@ def train_predictor(
         raise ArgumentError(
             f"recorded, epochs: got {len(texts)} texts and {epochs} epochs, expected at least 2 texts (one is held "
             "out) and 1 epoch."
+        )
+    labelled = {sample.window for sample in recorded}
+    if labelled != {window}:
+        raise ArgumentError(
+            f"window: got {window} for labels of {sorted(labelled)} tokens on each side, expected what they were "
+            "recorded with. Pass the same window to record_boundaries."
         )
     generator = torch.Generator().manual_seed(seed)
     order = [texts[i] for i in torch.randperm(len(texts), generator=generator).tolist()]
