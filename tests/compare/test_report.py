@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 from rich.console import Console
 
-from headway.compare.cells import REFUSED, Cell, Score
+from headway.compare.cells import LEFT_OUT, REFUSED, Cell, Score
 from headway.compare.report import SCRIPTS, STYLES, more_scores, number, payload, render, tied
 from headway.compare.terminal import summarise
 from headway.pages.shell import source
@@ -92,6 +92,17 @@ def table_rows(page: str) -> list[list[str]]:
         ["".join(Page(cell).text.split("\n")).strip() for cell in re.findall(r"<t[hd]\b.*?</t[hd]>", row, re.DOTALL)]
         for row in re.findall(r"<tr\b.*?</tr>", table, re.DOTALL)
     ]
+
+
+def test_reasons_follow_one_another_as_sentences_and_tasks_with_a_mode_stay_apart():
+    cells = refused("b", "got 3 heads, expected 4.")
+    cells[1] = Cell(method="b", budget=0.5, task="needle, blind", status=REFUSED, reason="got 5 keys.")
+    cells[2] = Cell(method="b", budget=0.5, task="needle, aware", status=LEFT_OUT, reason="a driver.")
+    comparison = made(cells)
+    page = Page(render(comparison)).text
+    assert "partly measured: got 3 heads, expected 4; got 5 keys; a driver" in page
+    assert "perplexity: got 3 heads, expected 4; needle, blind: got 5 keys; needle, aware: a driver" in page
+    assert any("b at 50 % refused perplexity; needle, blind; speed: got 3" in s for s in comparison.warnings)
 
 
 def test_the_payload_holds_the_numbers_and_the_frontier_of_every_pair_of_axes(comparison):

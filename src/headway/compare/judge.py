@@ -193,7 +193,7 @@ def _method_notes(points: Sequence[Point]) -> list[str]:
         everything = all(point.status == status for point, _ in found)
         point, task = found[0]
         at = _budgets([point for point, _ in found])
-        notes.append(f"{points[0].method}{at} {verb} {'everything' if everything else ', '.join(tasks)}: "
+        notes.append(f"{points[0].method}{at} {verb} {'everything' if everything else '; '.join(tasks)}: "
                      f"{point.reasons[task]}")  # fmt: skip
     idle = [
         point

@@ -95,7 +95,7 @@ def _stay(
     if not judged:
         why = "no task was measured on which a loss could show."
     elif not whole:
-        why = f"no other point was measured on all of {', '.join(title(*q) for q in judged)}."
+        why = f"no other point was measured on all of {'; '.join(title(*q) for q in judged)}."
     elif not within:
         near = min(whole, key=lambda point: point.worst_value)
         assert near.worst is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from headway.compare.cells import Score, title
@@ -134,7 +134,7 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "summary": point.summary,
         "budget": MISSING if point.budget is None else percent(point.budget),
         "cells": cells,
-        "reason": "" if point.scores or point.timing else "; ".join(dict.fromkeys(point.reasons.values())),
+        "reason": "" if point.scores or point.timing else listed(point.reasons.values()),
         "status": point.status,
         "dense": point.is_dense,
         "recommended": point.label == comparison.recommendation.label,
@@ -168,8 +168,13 @@ def ran(point: Point) -> dict[str, Any]:
         "paths": ", ".join(f"{path} {percent(_short(count / calls))}" for path, count in point.paths.items())
         or ("native 100 %" if point.timing and not point.stages else MISSING),
         "densities": "; ".join(densities) or MISSING,
-        "reasons": "; ".join(f"{task}: {reason}" for task, reason in point.reasons.items()),
+        "reasons": listed(f"{task}: {reason}" for task, reason in point.reasons.items()),
     }
+
+
+def listed(sentences: Iterable[str]) -> str:
+    """Sentences one after the other, each once."""
+    return "; ".join(dict.fromkeys(sentence.removesuffix(".") for sentence in sentences))
 
 
 def tied(sentence: str) -> str:
