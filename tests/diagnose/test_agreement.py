@@ -25,7 +25,7 @@ from headway.diagnose.agreement import (
 from headway.diagnose.agreement.sheets import chosen_methods, read_people, write_sheet
 from headway.errors import ArgumentError, HeadwayError
 from headway.methods.diagnosis.song_of_disagreement import METHODS, Settings, encode
-from tests.methods.song_hosts import bert, classifier, decoder, example, linear
+from tests.methods.song_hosts import bert, classifier, decoder, example, linear, reader_of_the_last
 
 RUNNER = CliRunner()
 QUICK = Settings(masks=20, steps=4)
@@ -426,6 +426,10 @@ def test_the_command_writes_page_numbers_and_sheet(small_host, tmp_path):
         (("--baseline", "noise"), "baseline"),
         (("--measure", "tau"), "measure"),
         (("--sign", "both"), "sign"),
+        (("--target", "glod"), "Did you mean 'gold'"),
+        (("--seed", -1), "seed"),
+        (("--masks", 0), "masks"),
+        (("--special", "no"), "special"),
         (("--texts", "nowhere.jsonl"), "no file"),
         (("--answers", "nowhere.csv"), "sheet-key.json"),
     ],
@@ -435,6 +439,40 @@ def test_wrong_arguments_are_refused_before_a_model_is_loaded(arguments, words, 
     result = run("any", "--out", tmp_path, *arguments)
     assert result.exit_code != 0
     assert words in str(result.exception) + result.output
+
+
+def test_a_person_counts_once_in_all_files(found, examples, tmp_path):
+    files, _ = write_sheet(found, examples, chosen_methods(found, None), texts=4, seed=0, out=tmp_path)
+    items = [row["item"] for row in csv.DictReader(files[0].read_text(encoding="utf-8").splitlines())]
+    first, other = tmp_path / "ann.csv", tmp_path / "more" / "ann.csv"
+    other.parent.mkdir()
+    first.write_text("\n".join(["item,answer", *(f"{item},A" for item in items)]), encoding="utf-8")
+    other.write_text(f"item,answer,person\n{items[0]},B,\n{items[0]},B,ben\n", encoding="utf-8")
+    for again in (first, other):
+        with pytest.raises(ArgumentError, match=f"ann.csv line 2: ann answered {items[0]} in ann.csv before"):
+            read_people([first, again], tmp_path, bad_rows="refuse")
+    once, _ = read_people([first], tmp_path, bad_rows="refuse")
+    twice, complaints = read_people([first, first], tmp_path, bad_rows="skip")
+    assert twice == once
+    assert len(complaints) == len(items)
+    both, complaints = read_people([first, other], tmp_path, bad_rows="skip")
+    assert both["people"] == ["ann", "ben"]
+    assert both["answers"] == len(items) + 1
+    assert len(complaints) == 1
+
+
+def test_a_model_of_pictures_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *a, **k: (bert().bert, lambda images: None))
+    result = run("any", "--out", tmp_path)
+    assert isinstance(result.exception, HeadwayError), result.exception
+    assert "a model of text" in str(result.exception)
+
+
+def test_a_decoder_with_classes_is_read_at_its_last_token():
+    host = reader_of_the_last()
+    ready = make_ready(host, Words(), labelled(), count=2, tokens=16)
+    assert (ready.kind, ready.classifier.readout) == ("classifier", "last")
+    assert make_ready(bert(), Words(), labelled(), count=2, tokens=16).classifier.readout == "first"
 
 
 def test_the_page_holds_text_as_text():

@@ -6,7 +6,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from headway.methods.diagnosis.song_of_disagreement import Classifier, Example, HostClassifier
 
@@ -34,6 +40,16 @@ def decoder() -> LlamaForCausalLM:
         num_key_value_heads=2, max_position_embeddings=64, eos_token_id=1, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def reader_of_the_last(pad: int | None = 0) -> LlamaForSequenceClassification:
+    """A decoder with classes of its own, which its last token decides."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, num_labels=3, pad_token_id=pad,
+    )  # fmt: skip
+    return LlamaForSequenceClassification(config).eval()
 
 
 def example(count: int = 9, *, seed: int = 0, label: int | None = None) -> Example:

@@ -48,6 +48,17 @@ def test_the_prefix_is_walked_anew_where_a_cache_forgets(ids):
     assert shared.forwards <= len(SPANS) + 2
 
 
+@pytest.mark.parametrize(("architecture", "reused"), [("lfm2", True), ("falcon_h1", True), ("jamba", False)])
+def test_states_that_are_lost_on_the_way_are_noticed(ids, architecture, reused, caplog):
+    """Jamba's state space layers start anew when several tokens go on from a cache."""
+    host = tiny_host(architecture)[0]
+    shared, whole = (suppression_matrix(host, ids, SPANS, reuse_prefix=r) for r in (True, False))
+    assert shared.reused == reused
+    np.testing.assert_allclose(shared.tokens, whole.tokens, atol=1e-4)
+    assert shared.forwards <= len(SPANS) + 2
+    assert ("unlike it reads a text at once" in caplog.text) == (not reused)
+
+
 def test_n_sentences_cost_at_most_n_plus_two_forwards(found):
     assert found.forwards <= len(SPANS) + 2
     assert found.forwards == pytest.approx(1 + sum(32 - stop for _, stop in SPANS) / 32)

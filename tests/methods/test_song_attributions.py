@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.methods.song_hosts import (
     decoder,
     example,
     linear,
+    reader_of_the_last,
     rectified,
     smooth,
 )
@@ -24,6 +26,7 @@ from headway.methods.diagnosis.song_of_disagreement import (
     METHODS,
     AttentiveLSTM,
     Example,
+    HostClassifier,
     NextToken,
     RecurrentClassifier,
     Settings,
@@ -40,6 +43,7 @@ from headway.methods.diagnosis.song_of_disagreement.attributions import (
     kept_gradients,
     ridge_weights,
 )
+from headway.methods.diagnosis.song_of_disagreement.classifier import readout_of
 
 ADDING_UP = ("input_x_gradient", "integrated_gradients", "grad_shap", "deep_lift", "deep_shap")
 SIGNED = Settings(sign="signed", masks=300, steps=20)
@@ -324,7 +328,7 @@ class Broken(Plain):
 def test_bad_settings_and_models_are_refused():
     for options in (
         {"baseline": "noise"}, {"references": ()}, {"references": ("x",)}, {"sign": "both"}, {"steps": 0},
-        {"masks": True}, {"ridge": -1.0}, {"budget": 0},
+        {"masks": True}, {"ridge": -1.0}, {"budget": 0}, {"target": "glod"},
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=next(iter(options))):
             Settings(**options)
@@ -338,3 +342,76 @@ def test_bad_settings_and_models_are_refused():
     wrong.ids[2] = VOCABULARY
     with pytest.raises(ArgumentError, match="token ids in"):
         prepare(smooth(), wrong, Settings())
+
+
+@pytest.mark.parametrize("pad", [0, None])
+def test_a_decoder_with_classes_is_read_at_its_last_token_whatever_the_padding(pad):
+    model, given = HostClassifier(reader_of_the_last(pad), readout="last"), example(8)
+    direct = model.host(input_ids=given.ids[None]).logits.softmax(-1)[0].detach()
+    assert prepare(model, given, Settings(baseline="zero")).value == pytest.approx(float(direct.max()), abs=1e-5)
+    names = ["attention_last", "attention_rollout", "integrated_gradients", "lime", "ablation", "value_zeroing"]
+    settings = Settings(baseline="zero", masks=30, steps=8)
+    one, padded = explain(model, given, names, settings), explain(model, given.padded(0, 3), names, settings)
+    for name in names:
+        assert (padded[name].scores[8:] == 0).all(), name
+        np.testing.assert_allclose(padded[name].scores[:8], one[name].scores, atol=2e-5, err_msg=name)
+
+
+def test_what_a_host_reads_is_seen_in_its_gradient():
+    ids = example(7).ids[None]
+    assert readout_of(classifier().host, ids) == "first"
+    assert readout_of(reader_of_the_last(), ids) == "last"
+    pooled = reader_of_the_last()
+    pooled.forward = lambda inputs_embeds, attention_mask: SimpleNamespace(
+        logits=pooled.score(pooled.model(inputs_embeds=inputs_embeds).last_hidden_state.mean(1))
+    )
+    assert readout_of(pooled, ids) == "mean"
+    assert not pooled.model._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["bert", "lstm"])
+def test_a_model_that_is_being_trained_is_explained_without_dropout(kind, request):
+    """The BERT here drops a fifth of its states in training."""
+    model = request.getfixturevalue(kind)
+    names = [
+        n for n, m in METHODS.items() if n not in ("deep_lift", "deep_shap") and (kind == "bert" or not m.needs_host)
+    ]
+    settings = Settings(masks=20, steps=3)
+    still, outputs = explain(model, example(), names, settings), model.predict([example()])
+    model.module.train()
+    try:
+        found = explain(model, example(), names, settings)
+        np.testing.assert_array_equal(model.predict([example()]), outputs)
+        assert model.module.training
+    finally:
+        model.module.eval()
+    for name in names:
+        np.testing.assert_allclose(found[name].signed, still[name].signed, atol=1e-6, err_msg=name)
+
+
+def test_values_of_shared_heads_weigh_every_query_head():
+    """Two query heads share each key-value head of the decoder."""
+    host = decoder()
+    model, given = NextToken(host), example(7)
+    eager = decoder()
+    eager.set_attn_implementation("eager")
+    values = []
+    last = host.model.layers[-1].self_attn.v_proj.register_forward_hook(lambda m, a, out: values.append(out.detach()))
+    with torch.no_grad():
+        weights = eager(input_ids=given.ids[None], output_attentions=True).attentions[-1][0].double()
+        host(input_ids=given.ids[None])
+    last.remove()
+    length = values[0][0].double().view(7, 2, -1).norm(dim=-1).T.repeat_interleave(2, 0)
+    wanted = (weights * length[:, None]).square().sum(0).sqrt()[-1]
+    found = explain(model, given, ["attention_values"])["attention_values"].scores
+    np.testing.assert_allclose(found, wanted / wanted.sum(), atol=1e-5)
+
+
+def test_recurrent_layers_go_backward_without_cudnn_and_others_with_it(bert, lstm):
+    """In evaluation mode cuDNN keeps nothing that a backward pass of an LSTM needs."""
+    before = torch.backends.cudnn.enabled
+    with kept_gradients(lstm):
+        assert not torch.backends.cudnn.enabled
+    with kept_gradients(bert):
+        assert torch.backends.cudnn.enabled == before
+    assert torch.backends.cudnn.enabled == before

@@ -218,3 +218,12 @@ def test_who_answered_is_the_file_where_the_column_is_empty(tmp_path):
     path.write_text(f"{','.join(COLUMNS)}\nq002,,,,,tie,\n", encoding="utf-8")
     assert read_answers(path, made())[0][0].person == "eve"
     assert read_answers(path, made(), person="zoe")[0][0].person == "zoe"
+
+
+def test_answers_of_another_sheet_or_given_twice_are_refused():
+    sheet = made()
+    given = answers(sheet, liking(*METHODS))
+    with pytest.raises(ArgumentError, match="'q999'"):
+        judge(sheet, [*given, Answer(item="q999", person="ann", answer="A", line=2)])
+    with pytest.raises(ArgumentError, match="got 2 of ann"):
+        judge(sheet, [*given, given[0]])

@@ -70,6 +70,8 @@ class Options:
                 f"special, words: got {self.special!r} and {self.words!r}, expected exclude or include, and tokens, "
                 "sum or max."
             )
+        if self.seed < 0:
+            raise ArgumentError(f"seed: got {self.seed}, expected at least 0.")
         if self.minimum < 2:
             raise ArgumentError(f"minimum: got {self.minimum}, expected at least 2.")
 

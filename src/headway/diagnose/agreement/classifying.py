@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from headway.diagnose.agreement.texts import Row, default_rows, prompts
+from headway.diagnose.hosts import check_reads_text
 from headway.errors import ArgumentError
 from headway.hosts import positions_of
 from headway.methods.diagnosis.song_of_disagreement import (
@@ -21,7 +22,7 @@ from headway.methods.diagnosis.song_of_disagreement import (
     encode,
     fit_probe,
 )
-from headway.methods.diagnosis.song_of_disagreement.classifier import Readout
+from headway.methods.diagnosis.song_of_disagreement.classifier import Readout, readout_of
 
 #: Share of labelled texts on which a probe is not fitted.
 HELD_OUT = 0.25
@@ -61,7 +62,9 @@ def make_ready(
     """A host with a classification head is explained by its classes, a causal one by its next token, and a bare encoder
     by a probe that is fitted on labelled texts. `count` texts are explained, none of which a probe was fitted on.
 
-    Raises ArgumentError for texts that a probe cannot be fitted on, and for more tokens than the model has places."""
+    Raises ArgumentError for texts that a probe cannot be fitted on, and for more tokens than the model has places, and
+    HostError for a model that does not read text."""
+    check_reads_text(host, tokenizer)
     room = positions_of(host)
     if room is not None and tokens > room:
         raise ArgumentError(f"--tokens: got {tokens}, but the model has {room} positions; use --tokens {room}.")
@@ -91,7 +94,11 @@ def _with_classes(host: Any, tokenizer: Any, rows: Sequence[Row], count: int, to
         encode(tokenizer, r.text, tokens=tokens, label=label, rationale=r.rationale)
         for r, label in zip(chosen, labels, strict=True)
     ]
-    classifier = HostClassifier(host, readout="first", mask_id=getattr(tokenizer, "mask_token_id", None))
+    classifier = HostClassifier(
+        host,
+        readout=readout_of(host, examples[0].ids[None].to(host.device)),
+        mask_id=getattr(tokenizer, "mask_token_id", None),
+    )
     known = [e for e in examples if e.label is not None]
     return Ready(
         classifier=classifier,

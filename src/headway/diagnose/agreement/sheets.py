@@ -69,9 +69,22 @@ def read_people(paths: Sequence[Path], out: Path, *, bad_rows: str) -> tuple[dic
     sheet = Sheet.from_key(key.read_text(encoding="utf-8"))
     answers: list[Answer] = []
     complaints: list[str] = []
+    seen: dict[tuple[str, str], str] = {}
     for path in paths:
         some, wrong = read_answers(path, sheet, bad_rows="skip" if bad_rows == "skip" else "refuse")
-        answers, complaints = answers + some, complaints + wrong
+        complaints += wrong
+        for one in some:
+            first = seen.get((one.person, one.item))
+            if first is None:
+                seen[one.person, one.item] = path.name
+                answers.append(one)
+                continue
+            again = f"{path.name} line {one.line}: {one.person} answered {one.item} in {first} before"
+            if bad_rows != "skip":
+                raise ArgumentError(
+                    f"{again}. Give each file once; two people need names of their own in the column 'person'."
+                )
+            complaints.append(again)
     found = judge(sheet, answers)
     return {
         "people": list(found.people),

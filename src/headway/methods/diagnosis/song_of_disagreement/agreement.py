@@ -28,7 +28,6 @@ Vector = Float[np.ndarray, " tokens"]
 #: Penalty of a pair that is tied in one list only: neither right nor wrong.
 TIE_PENALTY = 0.5
 PERSISTENCE = 0.9
-NON_ZERO = "non-zero"
 
 
 def kendall(first: ArrayLike, second: ArrayLike) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from headway.door import observe, use
 from headway.door.call import AttentionCall, Site
+from headway.door.evaluating import evaluating
 from headway.door.stages import Editor, Observer
 from headway.errors import ArgumentError, unknown
 from headway.methods.diagnosis.song_of_disagreement.classifier import Classifier, Example, inputs_of, readout_weights
@@ -153,11 +154,13 @@ def attention_scores(
             "with the cube of the length. Use rollout, shorter texts, or raise flow_tokens."
         )
     observer = MapObserver(kinds)
-    with observe(classifier.host, observer), torch.no_grad():
+    with evaluating(classifier.module), observe(classifier.host, observer), torch.no_grad():
         classifier.outputs(embeddings, mask)
-    observer.result()
-    row = readout_weights(classifier.readout, mask)[0].double()
-    return {kind: _read(observer, kind, row, mask[0]).cpu().numpy() for kind in kinds}
+    # A classifier that reads the last token was not given the padding behind it.
+    read = observer.result()["last"].shape[-1]
+    row, real = readout_weights(classifier.readout, mask)[0, :read].double(), mask[0, :read]
+    behind = (0, mask.shape[1] - read)
+    return {kind: np.pad(_read(observer, kind, row, real).cpu().numpy(), behind) for kind in kinds}
 
 
 def _read(observer: MapObserver, kind: str, row: Tensor, mask: Tensor) -> Tensor:
@@ -176,7 +179,7 @@ def _read(observer: MapObserver, kind: str, row: Tensor, mask: Tensor) -> Tensor
 
 
 def _token_scores(classifier: Classifier, embeddings: Tensor, mask: Tensor, kinds: Sequence[str]) -> dict[str, Any]:
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(classifier.module):
         weights = classifier.token_weights(embeddings, mask)
     if weights is None:
         raise ArgumentError(
@@ -225,7 +228,7 @@ def value_zeroing(
     embeddings, mask = inputs_of(classifier, example)
     real = mask[0].nonzero()[:, 0]
     row = readout_weights(classifier.readout, mask)[0].double()
-    with use(classifier.host):
+    with evaluating(classifier.module), use(classifier.host):
         before = [state[0].double() for state in classifier.hidden(embeddings, mask)]
         layers: list[int | None] = list(range(len(before))) if by_layer else [None]
         rolled = torch.eye(mask.shape[1], dtype=torch.float64, device=mask.device)

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError, missing_extra, unknown
 from headway.methods.diagnosis.song_of_disagreement.classifier import (
     BASELINES,
@@ -74,6 +75,8 @@ class Settings:
                     raise unknown(name, kind, BASELINES)
         if self.sign not in SIGNS:
             raise unknown("sign", self.sign, SIGNS)
+        if isinstance(self.target, str) and self.target not in ("predicted", "gold"):
+            raise unknown("target", self.target, ("predicted", "gold", "a class such as 1"))
         for name in ("steps", "samples", "masks", "budget", "flow_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -121,7 +124,9 @@ class Problem:
         return max(1, self.settings.budget // self.mask.shape[1])
 
     def f(self, embeddings: Float[Tensor, "rows tokens width"]) -> Float[Tensor, " rows"]:
-        return self.classifier.outputs(embeddings, self.mask.expand(len(embeddings), -1))[:, self.target]
+        """The explained output of each row, in evaluation mode: dropout would make every explanation another one."""
+        with evaluating(self.classifier.module):
+            return self.classifier.outputs(embeddings, self.mask.expand(len(embeddings), -1))[:, self.target]
 
     @torch.no_grad()
     def values(self, embeddings: Callable[[slice], Tensor], count: int) -> Float[Tensor, " count"]:
@@ -134,7 +139,7 @@ def prepare(classifier: Classifier, example: Example, settings: Settings, *, see
     """Embeddings, baseline and explained class of one example. `seed` is that of the sampling methods."""
     embeddings, mask = inputs_of(classifier, example)
     baseline = baseline_of(classifier, settings.baseline, embeddings, mask)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(classifier.module):
         outputs = classifier.outputs(torch.cat([embeddings, baseline]), mask.expand(2, -1))
     target = target_of(outputs[:1], example, settings.target)
     return Problem(

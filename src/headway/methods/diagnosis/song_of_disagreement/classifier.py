@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError, NumericError, unknown
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class Classifier:
     @torch.no_grad()
     def predict(self, examples: Sequence[Example]) -> Float[np.ndarray, "examples classes"]:
         """The outputs for each example, one by one."""
-        rows = [self.outputs(*inputs_of(self, example))[0] for example in examples]
+        with evaluating(self.module):
+            rows = [self.outputs(*inputs_of(self, example))[0] for example in examples]
         return torch.stack(rows).double().cpu().numpy()
 
 
@@ -123,7 +125,9 @@ class HostClassifier(Classifier):
     """A transformers host with a classification head, or a bare host with a `head` of its own.
 
     head: pooled representation (batch, width) -> logits (batch, classes); None for a host that gives `logits`.
-    readout: how tokens become one vector: "first" ([CLS]), "last" (decoders) or "mean".
+    readout: how tokens become one vector: "first" ([CLS]), "last" (decoders) or "mean". With a host's own logits it
+    must be what that host does: see `readout_of`. One that reads the last token is not given the padding behind it,
+    which it could not tell from words, and one without a padding token gets its rows one by one.
 
     Raises ArgumentError for a host without logits and head, and for an unknown readout."""
 
@@ -163,16 +167,21 @@ class HostClassifier(Classifier):
         if self.head is not None:
             return self.link(self.head(self.pooled(embeddings, mask)))
         host: Any = self.host
-        answer = host(inputs_embeds=embeddings, attention_mask=mask.long())
-        if getattr(answer, "logits", None) is None:
+        if self.readout == "last":
+            embeddings, mask = _without_padding(embeddings, mask)
+        alone = self.readout == "last" and host.config.get_text_config().pad_token_id is None
+        parts = zip(embeddings.split(1), mask.split(1), strict=True) if alone else [(embeddings, mask)]
+        answers = [host(inputs_embeds=some, attention_mask=seen.long()) for some, seen in parts]
+        if getattr(answers[0], "logits", None) is None:
             raise ArgumentError(
                 f"host: {type(host).__name__} gives no logits, expected a sequence classifier. Pass head=… (a probe on "
                 "its pooled representation)."
             )
-        return self.link(answer.logits)
+        return self.link(torch.cat([answer.logits for answer in answers]))
 
     def hidden(self, embeddings: Tensor, mask: Tensor) -> list[Tensor]:
-        host: Any = self.host
+        # Without the head, which a batch of some hosts would need a padding token for.
+        host: Any = getattr(self.host, "base_model", self.host)
         states = host(inputs_embeds=embeddings, attention_mask=mask.long(), output_hidden_states=True).hidden_states
         return list(states[1:])
 
@@ -221,6 +230,37 @@ class Probabilities(nn.Module):
             return logits.softmax(-1)
         difference = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         return self.sigmoid(torch.stack([-difference, difference], 1))
+
+
+def _without_padding(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows up to the last token that any of them has."""
+    length = int(mask.any(0).nonzero()[-1]) + 1
+    if not bool(mask[:, length - 1].all()):
+        raise ArgumentError(
+            "mask: got rows of different lengths for a classifier that reads the last token, expected one length. Give "
+            "them one by one."
+        )
+    return embeddings[:, :length], mask[:, :length]
+
+
+def readout_of(host: nn.Module, ids: Int[Tensor, "1 tokens"]) -> Readout:
+    """Which tokens' last states the classes of a host hang on: the first one, the last one, or several ("mean").
+
+    Read from the gradient of its logits, which is exact and needs no list of architectures."""
+    model: Any = host
+    kept: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _module, _given, output: kept.append(output[0]))
+    try:
+        with evaluating(host), torch.enable_grad():
+            embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = model(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).logits
+            (gradient,) = torch.autograd.grad(logits.square().sum(), kept[0], allow_unused=True)
+    finally:
+        handle.remove()
+    if gradient is None:
+        return "first"
+    read = gradient[0].abs().sum(-1).nonzero()[:, 0].tolist()
+    return "first" if read == [0] else "last" if read == [ids.shape[1] - 1] else "mean"
 
 
 def readout_weights(readout: Readout, mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:

@@ -248,6 +248,14 @@ def judge(sheet: Sheet, answers: Sequence[Answer]) -> Judgement:
     if not answers:
         raise ArgumentError("answers: got none, expected at least one. Fill in the column 'answer' with A, B or tie.")
     items = {item.id: item for item in sheet.items}
+    for answer in answers:
+        if answer.item not in items:
+            raise ArgumentError(
+                f"answers: got item {answer.item!r}, which is not on this sheet. Give the sheet's own key."
+            )
+    for (who, asked), times in Counter((answer.person, answer.item) for answer in answers).items():
+        if times > 1:
+            raise ArgumentError(f"answers: got {times} of {who} to {asked}, expected one. Leave the others out.")
     wins: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     pairs: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     by_item: dict[str, list[str]] = defaultdict(list)

@@ -19,6 +19,7 @@ Paper: Thought Anchors, arXiv 2506.19143. What differs from the released code, a
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from headway.door import SuppressBlocks, use
 from headway.door.evaluating import evaluating
 from headway.errors import ArgumentError, HostError, unknown
 
+log = logging.getLogger(__name__)
 Span = tuple[int, int]
 Head = tuple[int, int]
 #: Sampling temperature of the paper, at which distributions are compared.
@@ -42,6 +44,8 @@ FLOOR = 1e-9
 TOP_P, TOP_ENTRIES = 0.9999, 100
 #: Entries of logits handled at once.
 CHUNK = 16_000_000
+#: Logits of two ways to read one text may differ by this much of the largest: rounding of bfloat16 stays below it.
+APART = 0.02
 #: Baseline distributions larger than this are refused; `baseline="top_p"` needs a few hundred numbers a token.
 BASELINE_BYTES = 4 * 2**30
 
@@ -97,8 +101,10 @@ def suppression_matrix(
         if missing:
             before = _Baseline(model, ids, temperature, baseline)
             work += length
-            starts = _Prefixes(model, ids, before.cache) if reuse_prefix else None
-            reused = starts is not None
+            starts = _Prefixes(model, ids, before.cache, before.last) if reuse_prefix else None
+            reused = starts is not None and starts.sound
+            work += 0 if starts is None else starts.rows
+            starts = starts if reused else None
             for done, (j, cache) in enumerate(_with_caches(starts, [(j, spans[j][1]) for j in missing])):
                 if progress is not None:
                     progress(done, len(missing))
@@ -110,7 +116,7 @@ def suppression_matrix(
                 if store is not None:
                     store[j] = effect
                 work += length - first if reused else length
-            work += starts.rows if starts is not None else 0
+            work += starts.rows - starts.tried if starts is not None else 0
     tokens = np.stack([kept.get(j, np.full(length, np.nan)) for j in range(len(spans))])
     raw = sentence_effects(tokens, spans)
     return Suppression(tokens, raw, row_normalised(raw), work / length, reused)
@@ -156,6 +162,7 @@ class _Baseline:
         self.cache = getattr(output, "past_key_values", None)
         self.temperature = temperature
         logits = output.logits[0]
+        self.last = logits[-1].float()
         self.logits = logits if form == "full" else None
         if form == "top_p":
             self.index, self.kept, self.rest = _top_p(logits, temperature)
@@ -200,19 +207,43 @@ def _top_p(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
 
 class _Prefixes:
     """Caches of the first tokens of a text: cut from the cache of the whole where all of its layers kept every token,
-    else made anew in one walk through the text (`rows` counts that)."""
+    else made anew in one walk through the text (`rows` counts that).
 
-    def __init__(self, model: nn.Module, ids: Tensor, cache: Any) -> None:
+    Layers that keep a state in place of tokens may lose it when several tokens go on from it at once. Where there are
+    such, the second half of the text goes on from the first, and the last row must be that of the whole (`sound`)."""
+
+    def __init__(self, model: nn.Module, ids: Tensor, cache: Any, last: Tensor) -> None:
         if cache is None or not hasattr(cache, "layers"):
             raise HostError(
                 f"model: got {type(model).__name__}, which returned no key-value cache, expected one to start from. "
                 "Use reuse_prefix=False."
             )
-        from transformers.cache_utils import DynamicLayer
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         self.model, self.ids, self.cache = model, ids, cache
         self.whole = all(type(x) is DynamicLayer and x.get_seq_length() == ids.shape[1] for x in cache.layers)
-        self.rows = 0
+        self.rows = self.tried = 0
+        plain = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+        self.sound = plain or self._goes_on(last)
+
+    def _goes_on(self, last: Float[Tensor, " words"]) -> bool:
+        from transformers import DynamicCache
+
+        length = self.ids.shape[1]
+        running = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+        for part in (self.ids[:, : length // 2], self.ids[:, length // 2 :]):
+            logits = self.model(input_ids=part, past_key_values=running, use_cache=True).logits
+        self.rows = self.tried = length
+        apart = float((logits[0, -1].float() - last).abs().max())
+        if apart <= APART * float(last.abs().max()):
+            return True
+        log.warning(
+            "%s goes on from its cache unlike it reads a text at once (logits differ by %.2g), so every sentence runs "
+            "from the first token on.",
+            type(self.model).__name__,
+            apart,
+        )
+        return False
 
     def walk(self, lengths: Sequence[int]) -> Iterator[Any]:
         """A cache of the first n tokens for each n, which grow. Each may be written to."""
