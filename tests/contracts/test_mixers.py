@@ -266,6 +266,9 @@ class TestPadding:
         nothing = torch.zeros(2, 3, dtype=torch.bool)
         _, same = mixer(inputs(mixer, 3, seed=4), mask=nothing, state=state, mode=mode)
         assert torch.equal(same.seen, state.seen)
+        if mixer.constant_state:
+            for name, tensor in state.tensors.items():
+                assert torch.equal(same.tensors[name], tensor), name
         torch.testing.assert_close(mixer(after, state=same)[0], mixer(after, state=state)[0], **TIGHT)
 
     def test_gradients_do_not_see_padding(self, slug):

@@ -60,6 +60,22 @@ class TestEveryMixer:
         cached = model.generate(tokens(2, 7), **options)
         assert torch.equal(cached, model.generate(tokens(2, 7), use_cache=False, **options))
 
+    def test_a_second_turn_goes_on_from_the_cache_of_the_first(self, model):
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        first = model.generate(tokens(1, 9), return_dict_in_generate=True, **options)
+        text = torch.cat([first.sequences, tokens(1, 5, seed=2)], 1)
+        second = model.generate(text, past_key_values=first.past_key_values, **options)
+        assert torch.equal(second, model.generate(text, **options))
+
+    def test_under_autocast_it_is_near_float32_and_decodes_what_it_reads(self, model):
+        ids = tokens(2, 24)
+        exact = model(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            whole, cache = model(ids).logits, model(ids[:, :19], use_cache=True).past_key_values
+            steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(19, 24)]
+        for found, truth in ((whole, exact), (torch.cat(steps, 1), exact[:, 19:])):
+            assert float((found.float() - truth).norm() / truth.norm()) < 0.05
+
     def test_saved_and_loaded_it_is_the_same(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -86,7 +102,7 @@ class TestEveryMixer:
             model.zero_grad()
             ids = tokens(2, 24)
             model(ids, labels=ids).loss.backward()
-        idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        idle = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         model.zero_grad()
         assert idle == []
 
@@ -97,7 +113,22 @@ class TestModel:
         model = model_of(["lightning", "softmax"], mixer_options={"softmax": {"window": 8}})
         assert [block.mixer.slug for block in model.layers] == ["lightning", "softmax"]
         assert model.layers[1].mixer.window == 8
-        assert model.generate(tokens(1, 5), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 8)
+
+    def test_states_of_every_kind_go_along_in_a_hybrid_stack(self, tmp_path):
+        """A cache in which only some layers had a memory went out of step elsewhere."""
+        mixer = ["lightning", "titans_mac", "diffqkv", "titans_lmm", "softmax"]
+        options = {"titans_mac": {"segment": 8, "chunk": 4}, "titans_lmm": {"chunk": 4}, "softmax": {"window": 4}}
+        model = model_of(mixer, layers=5, mixer_options=options)
+        ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
+        mask[0, :4] = 0
+        asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        found = model.generate(ids, attention_mask=mask, **asked)
+        assert torch.equal(found, model.generate(ids, attention_mask=mask, use_cache=False, **asked))
+        assert found[0, 11:].tolist() == model.generate(ids[:1, 4:], **asked)[0, 7:].tolist()
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert [block.mixer.slug for block in again.layers] == mixer
+        assert torch.equal(again(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
 
     def test_packed_documents_are_read_apart(self):
         model = model_of(["lightning", "softmax"])
@@ -174,6 +205,9 @@ class TestBadInput:
         [
             ({"mixer": "lightening"}, "lightning"),
             ({"mixer": ["softmax"]}, "1 names for 2 layers"),
+            ({"mixer": ["softmax", "lightening"]}, "mixer of layer 1: got 'lightening'.* Did you mean 'lightning'"),
+            ({"mixer": ["softmax", "linear"], "mixer_options": {"linear": 3}}, "mixer_options: got 3 for linear"),
+            ({"mixer": ["softmax", "linear"], "mixer_options": {"softmx": {}}}, "mixer_options: got 'softmx'"),
             ({"norm": "rmsnorm"}, "rms"),
             ({"mlp": "swigloo"}, "swiglu"),
             ({"layers": 0}, "layers"),
@@ -184,6 +218,13 @@ class TestBadInput:
     def test_a_config_that_cannot_be_built_says_why(self, fields, message):
         with pytest.raises(ArgumentError, match=message):
             model_of(**{"mixer": "softmax", **fields})
+
+    def test_weights_of_other_head_counts_are_sent_to_the_converter(self, tmp_path):
+        model_of("diffqkv", mixer_options={"key_heads": 4}).save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        config.mixer_options = {"key_heads": 2}
+        with pytest.raises(ArgumentError, match=r"config: asks for other shapes .* pool_heads"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
 
     def test_a_cache_of_keys_is_refused(self):
         with pytest.raises(ArgumentError, match="HeadwayCache"):

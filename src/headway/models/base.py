@@ -24,6 +24,20 @@ class HeadwayPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _no_split_modules = ["Block"]  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of `transformers`. Raises ArgumentError for weights of other shapes than the config asks for."""
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ArgumentError(
+                "config: asks for other shapes than the weights in the folder have (see the report above), expected "
+                "those they were saved with. Heads are merged by headway.methods.layers.diffqkv: convert for a model "
+                "of transformers, pool_heads for a single weight."
+            ) from error
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Mixers set their own initial values when they are built."""

@@ -70,9 +70,14 @@ class _Stack(PretrainedConfig):
                 f"mixer: got {len(self.mixer)} names for {self.layers} layers, expected one per layer or one for all."
             )
         if isinstance(self.mixer, list):
-            for name in self.mixer_options:
+            for name, options in self.mixer_options.items():
                 if name not in self.mixer:
                     raise unknown("mixer_options", name, sorted(set(self.mixer)))
+                if not isinstance(options, dict):
+                    raise ArgumentError(
+                        f"mixer_options: got {options!r} for {name}, expected its options by name, as layers differ: "
+                        f"{{{name!r}: {{…}}}}."
+                    )
 
 
 class HeadwayConfig(_Stack):

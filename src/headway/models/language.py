@@ -172,9 +172,10 @@ def real_tokens(attention_mask: Tensor | None, tokens: int, past: int) -> Bool[T
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] not in (tokens, past + tokens):
+        so_far = f" or (batch, {past + tokens})" if past else ""
         raise ArgumentError(
-            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected (batch, {tokens}) or (batch, "
-            f"{past + tokens}) of zeros and ones. Documents in packed rows are told by `resets`."
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected (batch, {tokens}){so_far} of zeros and "
+            "ones. Documents in packed rows are told by `resets`."
         )
     mask = attention_mask[:, -tokens:].bool()
     return None if bool(mask.all()) else mask

@@ -27,7 +27,8 @@ def reads_grid(slug: str) -> bool:
 
 def build_mixer(slug: str, width: int, heads: int, layer: int, layers: int, options: dict[str, Any]) -> Mixer:
     """The mixer of one layer. Raises ArgumentError for a name or an option that it does not have."""
-    mixers()
+    if slug not in mixers():
+        raise unknown(f"mixer of layer {layer}", slug, mixers())
     cls = registered_mixer(slug)
     for name in options:
         if name not in cls.option_names():
