@@ -134,7 +134,7 @@ def check_same(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> Non
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
     """The config of a transformers model, without what saving and the library's version write into it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     found = _plain(config.to_dict()) if hasattr(config, "to_dict") else {}
     return {name: value for name, value in found.items() if name not in BY_THE_WAY and not name.startswith("_")}
 
