@@ -241,14 +241,16 @@ class TestSelection:
         st.sampled_from([0, 21]),
         st.sampled_from([None, 70]),
         st.integers(0, 40),
+        st.sampled_from([0, 3, 20]),
         st.integers(0, 1000),
     )
-    def test_a_prompts_lists_are_those_of_loops(self, tokens, norm, heads, suffix, window, pads, seed):
+    def test_a_prompts_lists_are_those_of_loops(self, tokens, norm, heads, suffix, window, pads, behind, seed):
         """Chunk vectors, scores, forced keys, budget and ties by the definitions; padding and windows included."""
         rng = torch.Generator().manual_seed(seed)
         cuts = sorted(set(torch.randint(1, tokens, (tokens // 8,), generator=rng).tolist()))
         call = call_of(tokens, seed=seed)
-        padding = (torch.arange(tokens) >= pads)[None]
+        pads, end = min(pads, tokens - behind - 1), tokens - behind
+        padding = ((torch.arange(tokens) >= pads) & (torch.arange(tokens) < end))[None]
         site = call.site.__class__(**(vars(call.site) | {"window": window}))
         call = call.replace(site=site, forward=Forward(padding=padding))
         stage = DHSA(boundaries=Given(at=tuple(cuts)), norm=norm, heads=heads, **(SMALL | {"suffix": suffix}))
@@ -257,14 +259,14 @@ class TestSelection:
         key = call.key[0]
         if heads == "mean":
             query, key = query.mean(0, keepdim=True), key.mean(0, keepdim=True)
-        starts = [pads, *[pads + cut for cut in cuts if pads + cut < tokens]]
-        if 0 < suffix < tokens - pads:
-            starts = sorted({*[start for start in starts if start < tokens - suffix], tokens - suffix})
-        chunks = list(itertools.pairwise([*starts, tokens]))
+        starts = [pads, *[pads + cut for cut in cuts if pads + cut < end]]
+        if 0 < suffix < end - pads:
+            starts = sorted({*[start for start in starts if start < end - suffix], end - suffix})
+        chunks = list(itertools.pairwise([*starts, end]))
         scale = {"sqrt": lambda n: n**0.5, "mean": lambda n: n, "sum": lambda _: 1}[norm]
         for first in range(0, tokens, 16):
-            last = min(first + 16, tokens) - 1
-            if last < pads:
+            last = min(first + 16, end) - 1
+            if last < pads or first >= end:
                 continue
             oldest = max(pads, 0 if window is None else last - window + 1)
             seen = range(oldest, last + 1)
@@ -272,11 +274,11 @@ class TestSelection:
             for head in range(key.shape[0]):
                 block = query[head, max(first, pads) : last + 1].sum(0)
                 score = {}
-                for begin, end in chunks:
-                    value = float(block @ key[head, begin:end].sum(0)) / scale(end - begin)
-                    score |= {j: (value, j) for j in range(begin, end)}
+                for begin, stop in chunks:
+                    value = float(block @ key[head, begin:stop].sum(0)) / scale(stop - begin)
+                    score |= {j: (value, j) for j in range(begin, stop)}
                 free = sorted((j for j in seen if j not in forced), key=lambda j: score[j], reverse=True)
-                want = set(seen) if last >= tokens - suffix else forced | set(free[: 48 - len(forced)])
+                want = set(seen) if last >= end - suffix else forced | set(free[: 48 - len(forced)])
                 for row in range(max(first, pads), last + 1):
                     assert set(got[head, row].nonzero()[:, 0].tolist()) == want | set(range(first, last + 1))
 
@@ -554,6 +556,23 @@ class TestRequests:
         assert 90 in state["ends"][0].tolist()
         assert state["tokens"] == 150
         assert int(state["counts"].sum()) == 150
+
+    @pytest.mark.parametrize(("pieces", "whole"), [([90, 60], [(70, 90), (130, 150)]), ([150], [(130, 150)])])
+    def test_the_last_tokens_of_every_piece_read_everything(self, pieces, whole):
+        """One layer: rows of the suffix are those of dense attention, others are not."""
+        model = tiny_host("llama", num_hidden_layers=1, num_key_value_heads=2, max_position_embeddings=512)[0]
+        ids, cache, found, at = ids_of(150), None, [], 0
+        with torch.no_grad():
+            native = model(input_ids=ids).logits[0]
+            with headway.use(model, DHSA(**(SMALL | {"suffix": 20, "block": 10}))):
+                for size in pieces:
+                    out = model(input_ids=ids[:, at : at + size], past_key_values=cache, use_cache=True)
+                    cache, at = out.past_key_values, at + size
+                    found.append(out.logits[0])
+        same = (torch.cat(found) - native).abs().amax(1) < 1e-3
+        dense = [row for first, last in whole for row in range(first, last)]
+        assert bool(same[dense].all())
+        assert not bool(same[[row for row in range(60, 150) if row not in dense]].any())
 
     def test_dense_decoding_reads_everything(self, host):
         prompt, rest = ids_of(150)[:, :149], ids_of(150)[:, 149:]

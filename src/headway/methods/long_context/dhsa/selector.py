@@ -43,12 +43,12 @@ class DHSA(Selector):
     decode_budget: the same for generated tokens (None: `budget`); decode="dense" reads all keys then, as the released
     code does. block: queries that share a list of keys. local_tokens: the last keys up to the end of the block, always
     read. global_tokens: the first keys (of a sliding layer, those at the start of its window), always read. suffix: the
-    last tokens of a prompt; they form a chunk, and blocks of queries that hold any of them read everything. norm: see
-    `chunks`. heads: every KV head chooses for itself ("kv"), or one choice by queries and keys averaged over heads
-    ("mean", released code). queries: "blocks" of fixed size (released code), or rows scored by their own "chunks" with
-    a list per row (paper; slower). query_pool: "mean", or "max" over a block (released option). share_boundaries: the
-    first layer's serve all layers. share_selection: the first layer's keys serve all layers of one reach. approximates:
-    whether to run dense where that is as fast.
+    last tokens of a prompt (of each piece of one that comes in pieces); they form a chunk, and blocks of queries that
+    hold any of them read everything. norm: see `chunks`. heads: every KV head chooses for itself ("kv"), or one choice
+    by queries and keys averaged over heads ("mean", released code). queries: "blocks" of fixed size (released code), or
+    rows scored by their own "chunks" with a list per row (paper; slower). query_pool: "mean", or "max" over a block
+    (released option). share_boundaries: the first layer's serve all layers. share_selection: the first layer's keys
+    serve all layers of one reach. approximates: whether to run dense where that is as fast.
 
     Beside the cache of a request it keeps the sums of its chunks, one float32 vector per chunk and KV head.
     Blocks of queries are counted from the first row of a forward: padding in front by a multiple of `block`, and any
