@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -24,9 +25,11 @@ from headway.diagnose.concepts import (
 from headway.diagnose.concepts.auditing import head_sets
 from headway.diagnose.concepts.findings import findings
 from headway.diagnose.concepts.pictures import everyday_bank, scene_bank
+from headway.diagnose.concepts.report import payload
 from headway.diagnose.concepts.result import mean_drops
 from headway.errors import ArgumentError, HeadwayError
 from headway.methods.diagnosis.clip_ccs import HeadConcept, embed_bank, lexicon, tiny, tower
+from headway.statistics import bootstrap
 
 runner = CliRunner()
 
@@ -179,6 +182,19 @@ def test_findings_are_sentences_with_numbers():
     assert any("costs 30.0 points on colour and 10.0 points on the other questions" in one for one in told)
     assert any("MaxSkew of 0.90 nats, lists drawn blindly 0.30" in one for one in told)
     assert any("silencing “colour” heads lowers it most, to 0.40" in one for one in told)
+
+
+def test_one_neutral_prompt_has_no_interval_and_is_told():
+    alone = made()
+    unknown = bootstrap([0.9], generator=np.random.default_rng(0)).to_dict()
+    alone.base["skew"].update(unknown)
+    for effect in alone.effects:
+        effect.skew = effect.skew | unknown
+    assert findings(alone)[-1].endswith("0.30; one prompt has no interval to hold the silenced sets against.")
+    bars = payload(alone)["skew"]
+    assert [one["label"] for one in bars] == ["all heads at work", "drawn blindly", "high", "low", "colour"]
+    assert all(one["low"] is None is one["high"] for one in bars)
+    assert [one["low"] for one in payload(made())["skew"]] == [0.5, None, 0.5, 0.5, 0.1]
 
 
 def test_an_interrupted_audit_goes_on_and_runs_nothing_twice(host, tokenise, bank, settings, found, tmp_path):
@@ -400,7 +416,9 @@ def test_the_command_refuses_before_any_work(untrained, tmp_path, given, words):
         (["--pictures", "."], "knows its own scenes"),
         (["some/clip", "--pictures", "no/such/folder"], "not there"),
         (["some/clip", "--pictures", ".", "--template", "a photo"], "template"),
-        (["--neutral", "no-such-file"], "cannot be read"),
+        (["--neutral", "no-such-file"], "--neutral: got no-such-file, which cannot be read"),
+        (["--neutral", "/dev/null"], "without a prompt"),
+        (["--bank", "no-such-file"], "--bank: got no-such-file, which cannot be read"),
     ],
 )
 def test_nothing_is_trained_or_loaded_for_arguments_that_cannot_be_used(monkeypatch, tmp_path, given, words):

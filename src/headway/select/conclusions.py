@@ -71,8 +71,9 @@ def _findings(found: CorpusSelection) -> list[str]:
     if not found.selected:
         return findings
     all_, own = found.total("influence", "ranked"), found.total("selected_influence", "selected")
+    masked = f"{len(found.heads)} head{'s' if len(found.heads) > 1 else ''}"
     findings.append(
-        f"{signed(own)} is how much masking {len(found.heads)} heads changes the loss on kept records on average, "
+        f"{signed(own)} is how much masking {masked} changes the loss on kept records on average, "
         f"{signed(all_)} on all."
     )
     lengths = found.total("length", "ranked"), found.total("selected_length", "selected")

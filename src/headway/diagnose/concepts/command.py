@@ -72,7 +72,7 @@ def run(
         material.check_source(pictures, template)
     settings = Settings(layers=layers, texts=texts, rank=rank, draws=draws, top=top, seed=seed)
     known, left_out = _texts(bank, model, bad_rows)
-    asked = None if neutral is None else {line: [line] for line in material.read_lines(neutral)}
+    asked = None if neutral is None else {line: [line] for line in material.read_neutral(neutral)}
     check_folder(out)
     with going_on(out / "parts"), progress_bar(Console(stderr=True)) as tell:
         tell(f"loading {model}", 0, 1)

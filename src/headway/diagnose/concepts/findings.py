@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from statistics import median
+from typing import Any
 
 from headway.diagnose.concepts.measuring import SAME
 from headway.diagnose.concepts.result import Concepts, Effect, mean_drops
+from headway.statistics import Measurement
 
 CONCEPT = "concept: "
 
@@ -90,9 +92,19 @@ def _skew(found: Concepts) -> list[str]:
         f"{base['chance']:.2f}"
     )
     label, least = min(known, key=lambda row: row[1])
-    if least >= base["low"]:
-        return [f"{start}; no silenced set takes it below its interval, {base['low']:.2f} to {base['high']:.2f}."]
+    low, high = interval(base)
+    if low is None or high is None:
+        return [f"{start}; one prompt has no interval to hold the silenced sets against."]
+    if least >= low:
+        return [f"{start}; no silenced set takes it below its interval, {low:.2f} to {high:.2f}."]
     return [f"{start}; silencing “{label.removeprefix(CONCEPT)}” heads lowers it most, to {least:.2f}."]
+
+
+def interval(skew: dict[str, Any]) -> tuple[float | None, float | None]:
+    """The bounds of a mean skew; None where they are unknown, as for one prompt."""
+    found = Measurement.from_dict({name: skew[name] for name in ("value", "low", "high", "n", "seeds", "unit")})
+    known = found.low is not None and found.high is not None and math.isfinite(found.low) and math.isfinite(found.high)
+    return (found.low, found.high) if known else (None, None)
 
 
 def points(share: float) -> str:

@@ -79,7 +79,7 @@ def read_bank(path: str | Path, *, bad_rows: str = "refuse") -> tuple[dict[str, 
 
     Raises HeadwayError with the line of a text that stands there twice, or that has no words before its tab."""
     found: dict[str, str | None] = {}
-    rows = _Rows(path, bad_rows)
+    rows = _Rows(path, bad_rows, "--bank")
     for number, line in rows.lines():
         text, _, concept = line.partition("\t")
         text = " ".join(text.split())
@@ -94,9 +94,12 @@ def read_bank(path: str | Path, *, bad_rows: str = "refuse") -> tuple[dict[str, 
     return found, rows.left_out
 
 
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file that hold words."""
-    return [" ".join(line.split()) for _, line in _Rows(path, "refuse").lines()]
+def read_neutral(path: str | Path) -> list[str]:
+    """The neutral prompts of a text file, one a line. Raises ArgumentError for a file without any."""
+    found = [" ".join(line.split()) for _, line in _Rows(path, "refuse", "--neutral").lines()]
+    if not found:
+        raise ArgumentError(f"--neutral: got {path} without a prompt, expected one a line.")
+    return found
 
 
 def read_pictures(
@@ -162,8 +165,8 @@ class _Row:
 class _Rows:
     """The lines of a file, and the account of those that cannot be used."""
 
-    def __init__(self, path: str | Path, policy: str) -> None:
-        self.path, self.account = Path(path), Account(policy)
+    def __init__(self, path: str | Path, policy: str, option: str = "--pictures") -> None:
+        self.path, self.account, self.option = Path(path), Account(policy), option
 
     @property
     def left_out(self) -> list[str]:
@@ -173,7 +176,9 @@ class _Rows:
         try:
             return self.path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ArgumentError(f"got {self.path}, which cannot be read as UTF-8 text ({error}).") from None
+            raise ArgumentError(
+                f"{self.option}: got {self.path}, which cannot be read as UTF-8 text ({error}). Name a text file."
+            ) from None
 
     def lines(self) -> list[tuple[int, str]]:
         text = self.text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headway.diagnose.concepts.findings import CONCEPT
+from headway.diagnose.concepts.findings import CONCEPT, interval
 from headway.diagnose.concepts.result import Concepts, Effect, mean_drops
 from headway.diagnose.page import diagnosis_page, run_and_settings
 from headway.pages.plain import rounded
@@ -71,7 +71,11 @@ def _skews(found: Concepts) -> list[dict[str, Any]]:
     base = found.base.get("skew")
     if base is None:
         return []
-    rows = [("all heads at work", base), ("drawn blindly", {"value": base["chance"], "low": None, "high": None})] + [
-        (e.label.removeprefix(CONCEPT), e.skew) for e in found.effects if e.skew is not None
+    rows = [("all heads at work", base)]
+    rows += [(e.label.removeprefix(CONCEPT), e.skew) for e in found.effects if e.skew is not None]
+    bars = [
+        {"label": label, "value": s["value"], **dict(zip(("low", "high"), interval(s), strict=True))}
+        for label, s in rows
     ]
-    return [{"label": label, "value": s["value"], "low": s["low"], "high": s["high"]} for label, s in rows]
+    bars.insert(1, {"label": "drawn blindly", "value": base["chance"], "low": None, "high": None})
+    return bars
