@@ -140,7 +140,8 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(values, default=str))
+    """The values as JSON keeps them; of anything that it cannot keep its type, as its text may name an address."""
+    return json.loads(json.dumps(values, default=lambda value: type(value).__name__))
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
