@@ -6,10 +6,12 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from headway.errors import HeadwayError, HostError
+from headway.select.on_ray import _cluster
 from headway.select.records import Reading, find_sources
 from headway.select.selecting import open_ledger, score_all, select
 from headway.select.shards import make_plan
@@ -65,13 +67,25 @@ def test_an_interrupt_says_that_scores_are_kept(corpus, tmp_path):
     assert "are kept" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize(("address", "words"), [(None, "a local cluster"), ("10.0.0.1:6379", "--address")])
+def test_a_cluster_that_does_not_start_is_an_error_of_headways_own(address, words):
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    told = pytest.raises(HeadwayError, match=r"cannot be reached \(The current node timed out.*\)")
+    with told as caught, _cluster(ray, address, 1, 0):
+        pass
+    assert words in str(caught.value)
+
+
 class TestRay:
     @pytest.fixture(scope="class", autouse=True)
     def cluster(self):
         """A cluster of two workers' size, whose workers find this package."""
         if find_spec("ray") is None:
             pytest.skip("ray is not installed")
-        from headway.select.on_ray import _cluster, _ray
+        from headway.select.on_ray import _ray
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)

@@ -137,12 +137,15 @@ def _cluster(ray: Any, address: str | None, cpus: int, gpus: float) -> Iterator[
                 log.warning("Ray was imported before and listens on %s, not on the loopback interface alone.", where)
         else:
             ray.init(address=address, **{k: v for k, v in shared.items() if k != "include_dashboard"})
-    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises a bare Exception where a node does not start in time.
         where = "a local cluster" if address is None else f"the cluster at {address}"
-        raise HeadwayError(
-            f"ray: {where} cannot be reached ({str(error).strip().splitlines()[0]}). Check --address, or leave it out "
-            "for a cluster of this machine."
-        ) from error
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        fix = (
+            "Run the same command again when the machine is less busy, or with --engine local."
+            if address is None
+            else "Check --address, or leave it out for a cluster of this machine."
+        )
+        raise HeadwayError(f"ray: {where} cannot be reached ({first}). {fix}") from error
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars
     context.enable_progress_bars = False
