@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from headway.errors import ArgumentError, HeadwayError, MissingExtraError, NumericError
+from headway.methods.layers.lightning import Lightning
+from headway.methods.layers.titans import TitansLMM, TitansMAC
 from headway.train import (
     Callback,
     EarlyStop,
@@ -154,12 +156,27 @@ def test_clipping_bounds_the_gradient_and_logs_the_norm_before():
 def test_norms_biases_and_vectors_do_not_decay():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
     net.gate = nn.Parameter(torch.ones(3, 3))
-    net.gate.no_decay = True
+    net.no_decay = ("gate",)
     net[2].weight.requires_grad_(False)
     decayed, kept = parameter_groups(net, weight_decay=0.3)
     assert [p is net[0].weight for p in decayed["params"]] == [True]
     assert {id(p) for p in kept["params"]} == {id(p) for p in (net.gate, net[0].bias, *net[1].parameters())}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "names"),
+    [
+        (TitansLMM, ("memory.gain", "memory.shift")),
+        (TitansMAC, ("memory.gain",)),
+        (Lightning, ("lrpe.theta",)),
+    ],
+)
+def test_gains_and_angles_of_mixers_do_not_decay(mixer, names):
+    net = mixer.example()
+    _, kept = parameter_groups(net, weight_decay=0.3)
+    spared = {id(p) for p in kept["params"]}
+    assert all(id(net.get_parameter(name)) in spared for name in names)
 
 
 def test_the_seed_decides_and_the_global_generators_are_left_as_they_were():

@@ -20,13 +20,15 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     """The parameters that require gradients in two groups: those that decay, and those that do not.
 
     Not decayed: everything with fewer than two axes (biases, gains of norms, slopes, gates per head), all of a norm
-    module, and a parameter whose `no_decay` is true."""
-    in_norms = {id(p) for module in model.modules() if "norm" in type(module).__name__.lower() and _is_leaf(module)
-                for p in module.parameters()}  # fmt: skip
+    module, and what a module names in its `no_decay` (gains and angles per head, which have two axes)."""
+    spared = {id(p) for module in model.modules() if "norm" in type(module).__name__.lower() and _is_leaf(module)
+              for p in module.parameters()}  # fmt: skip
+    for module in model.modules():
+        spared |= {id(getattr(module, name)) for name in getattr(module, "no_decay", ())}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in trained_parameters(model):
-        vector = parameter.ndim < 2 or id(parameter) in in_norms or getattr(parameter, "no_decay", False)
+        vector = parameter.ndim < 2 or id(parameter) in spared
         (kept if vector else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -21,6 +21,8 @@ BASE = 10000.0
 class LRPE(nn.Module):
     """Turns queries or keys by their positions. θ stays in at least float32: its error grows with the position."""
 
+    no_decay = ("theta",)
+
     def __init__(self, heads: int, dim: int) -> None:
         super().__init__()
         order = torch.arange(heads * dim, dtype=torch.float64)

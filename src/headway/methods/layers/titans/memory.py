@@ -96,6 +96,8 @@ class NeuralMemory(nn.Module):
 
     `forward` takes positions instead of resets alone, since every caller has them."""
 
+    no_decay = ("gain", "shift")
+
     def __init__(self, width: int, heads: int, options: MemoryOptions) -> None:
         super().__init__()
         self.width, self.heads, self.options = width, heads, options
