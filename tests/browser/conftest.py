@@ -47,7 +47,7 @@ def open_file(browser):
             viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
         )
         contexts.append(context)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         page = context.new_page()
         opened = Opened(page)
         page.on("console", lambda m: opened.errors.append(m.text) if m.type in ("error", "warning") else None)
