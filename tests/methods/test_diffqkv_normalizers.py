@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from tests.contracts.normalised_mixers import TIGHT, Forms, fresh, inputs
 
-import headway
-from headway.door import Observer
 from headway.errors import ArgumentError, ConflictError
 from headway.kernels.normalizers import AffineScaled
 from headway.methods.layers.diffqkv import DiffQKV
 from headway.methods.layers.softmax import SoftmaxAttention
 
 WIDTH, HEADS, BASE = 16, 4, 10_000.0
-TIGHT = {"rtol": 1e-8, "atol": 1e-9}
 NORMALIZERS = {
     "plus one": {"normalizer": "softmax_plus_one"},
     "learned denominator": {"normalizer": "learned_denominator"},
@@ -61,13 +57,18 @@ def as_softmax_mixer(mixer: DiffQKV, options) -> SoftmaxAttention:
     return other
 
 
-def inputs(tokens, batch=2, seed=1):
-    return torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.fixture(params=list(NORMALIZERS.values()), ids=list(NORMALIZERS))
 def options(request):
     return request.param
+
+
+@pytest.fixture
+def mixer(options):
+    return build(options)
+
+
+class TestContract(Forms):
+    pass
 
 
 @pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 2), (2, 2), (4, 1)])
@@ -78,31 +79,10 @@ def test_it_is_the_softmax_mixer_with_heads_repeated(options, key_heads, value_h
         torch.testing.assert_close(mixer(inputs(11), mode=mode)[0], other(inputs(11))[0], **TIGHT)
 
 
-def test_any_split_is_one_call_and_the_state_repeats_no_head(options):
-    mixer, x = build(options), inputs(12)
-    whole = mixer(x, mode="reference", state=mixer.init_state(2))[0]
-    state, parts = mixer.init_state(2), []
-    for start, stop in itertools.pairwise((0, 1, 6, 12)):
-        part, state = mixer(x[:, start:stop], state=state)
-        parts.append(part)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, **TIGHT)
+def test_the_state_repeats_no_head(options):
+    mixer = build(options)
+    _, state = mixer(inputs(12), state=fresh(mixer))
     assert sum(t.numel() for t in state.tensors.values()) == 2 * 12 * mixer.layout.cache_elements
-
-
-@pytest.mark.parametrize("mode", ["block", "step"])
-def test_padded_and_packed_is_separate(options, mode):
-    mixer, x = build(options), inputs(12)
-    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0], [1] * 12], dtype=torch.bool)
-    resets = torch.zeros(2, 12, dtype=torch.bool)
-    resets[:, [1, 5]] = True
-    poisoned = torch.where(mask[..., None], x, torch.nan)
-    y, _ = mixer(poisoned, mask=mask, resets=resets, mode=mode, state=mixer.init_state(2))
-    assert not bool(y[~mask].any())
-    for row, (start, stop) in itertools.product(range(2), ((1, 5), (5, 12))):
-        real = mask[row, start:stop]
-        own = x[row : row + 1, start:stop][:, real]
-        alone = mixer(own, mode="reference", state=mixer.init_state(1))[0]
-        torch.testing.assert_close(y[row : row + 1, start:stop][:, real], alone, **TIGHT)
 
 
 def test_gradients_reach_every_parameter_of_the_normaliser(options):
@@ -112,34 +92,6 @@ def test_gradients_reach_every_parameter_of_the_normaliser(options):
     for name, parameter in mixer.normalizer.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.any()), name
-
-
-class Host(torch.nn.Module):
-    def __init__(self, mixer):
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(self, x):
-        return self.mixer(x)[0]
-
-
-class Reader(Observer):
-    """Keeps Σ_j w_ij v_j of the weights that the door tells, and the output that the module had."""
-
-    reads_weights = True
-
-    def observe(self, call, output, lse=None):
-        values = call.value.repeat_interleave(call.groups, 1).double()
-        self.found = call.weights().double() @ values, output.double()
-
-
-def test_an_observer_meets_the_weights_that_make_the_output(options):
-    mixer, x, reader = build(options), inputs(6), Reader()
-    plain = mixer(x)[0]
-    with headway.observe(Host(mixer).eval(), reader, example={"x": x}) as handle:
-        observed = handle.model(x)
-    assert torch.equal(observed, plain)
-    torch.testing.assert_close(*reader.found, rtol=1e-4, atol=1e-5)
 
 
 class TestRefusals:

@@ -13,7 +13,7 @@ from headway.train import Measure
 class SinkCourse(Measure):
     """Adds to the log, every `every` steps and at the last one, what `measure_sinks` says of held-out `ids`:
 
-    sink_1, the share of heads that sink into the first token (Sink_1^ε, arXiv 2410.10781, eq. 6); sink_strongest, the
+    sink_1, the share of heads that sink into the first token (Sink_1^ε, arXiv 2410.10781); sink_strongest, the
     highest share at any token that enough rows see, and sink_position, that token (0 is the first).
 
     Each look is a forward over `ids` through the door: a few dozen sequences are enough. It changes neither the

@@ -17,8 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from headway.evidence.claims import Claim, PaperValue
 from headway.evidence.criteria import Criterion, all_of, at_least, at_most, between, interval_excludes
@@ -26,6 +25,7 @@ from headway.evidence.parallel import Together
 from headway.evidence.recipe import Context
 from headway.lab.arms import Arm
 from headway.lab.data import ByteSequences, Split, held_out, split_bytes
+from headway.lab.following import SinkCourse
 from headway.lab.measures import measure_arm
 from headway.lab.training import build
 from headway.methods.sinks.sink_emergence import NO_SINK, measure_sinks
@@ -184,8 +184,7 @@ def _train_one(arm: Arm, seed: int, split: Split, evaluation: int) -> dict[str, 
         schedule=arm.schedule,
         clip=arm.clip,
         seed=seed,
-        validation=partial(_sink_now, ids=judged[:16]) if softmax else None,
-        validate_every=every if softmax else None,
+        callbacks=[SinkCourse(judged[:16], every=every)] if softmax else [],
     )
     model.eval()
     numbers: dict[str, Any] = measure_arm(model, arm, judged)
@@ -195,10 +194,6 @@ def _train_one(arm: Arm, seed: int, split: Split, evaluation: int) -> dict[str, 
     numbers["sink_2"] = float(rates[1])
     numbers["sink_prefix"] = float(rates[1:PREFIX].max())
     return numbers
-
-
-def _sink_now(model: nn.Module, *, ids: Int[Tensor, "sequences tokens"]) -> dict[str, float]:
-    return {"sink_1": float(measure_sinks(model, ids, length=None, special_ids=()).rates.overall[0])}
 
 
 def _claims(found: dict[str, Any], seeds: Sequence[int], settings: Training, context: Context) -> list[Claim]:

@@ -27,7 +27,7 @@ from headway.kernels.normalizers.explicit import (
     Sigmoid,
     Softpick,
 )
-from headway.kernels.normalizers.gates import GATES, Gate, make_gate, split_query_gate
+from headway.kernels.normalizers.gates import GATES, Gate, make_gate, options_by_gate, split_query_gate
 from headway.kernels.normalizers.operation import Operation, explicit_attention
 
 __all__ = [
@@ -54,5 +54,6 @@ __all__ = [
     "make_gate",
     "make_normalizer",
     "normalizers",
+    "options_by_gate",
     "split_query_gate",
 ]

@@ -15,6 +15,7 @@ apart. Conditional gates are those of arXiv 2306.12929. Value gates and context 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -205,6 +206,21 @@ def make_gate(name: str, **options: Any) -> Gate:
         return GATES[name](**options)
     except TypeError as error:
         raise ArgumentError(f"gate_options: got {sorted(options)} for {name!r}: {error}.") from None
+
+
+def options_by_gate(gate: str | Sequence[str] | None, options: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The options of every gate asked for, by name; those of a single one may be given without its name.
+
+    Raises ArgumentError for a gate named twice and for options of a gate that was not asked for."""
+    names = [] if gate is None else [gate] if isinstance(gate, str) else list(gate)
+    if len(set(names)) != len(names):
+        raise ArgumentError(f"gate: got {names}, expected each gate once.")
+    given = dict(options or {})
+    if len(names) == 1 and names[0] not in given:
+        given = {names[0]: given}
+    for name in set(given) - set(names):
+        raise unknown("gate_options", name, names, fix="Map each gate to its options.")
+    return {name: dict(given.get(name, {})) for name in names}
 
 
 def split_query_gate(

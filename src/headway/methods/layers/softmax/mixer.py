@@ -26,7 +26,7 @@ from headway.door.mixer import Mixer, State, check_inputs, document_positions, r
 from headway.door.normalised import normalised_attention
 from headway.door.own import Attend
 from headway.errors import ArgumentError, unknown
-from headway.kernels.normalizers import Operation, make_gate, make_normalizer
+from headway.kernels.normalizers import Operation, make_gate, make_normalizer, options_by_gate
 from headway.kernels.norms import RMSNorm
 from headway.kernels.position_bias import BUCKETS, alibi_bias, relative_buckets, sinusoids
 from headway.kernels.rope import rope_frequencies, rotate
@@ -97,7 +97,9 @@ class SoftmaxAttention(Mixer):
         self.query_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.normalizer = make_normalizer(normalizer, scale=self.scale, **shape, **(normalizer_options or {}))
-        self.gates = nn.ModuleDict(_gates(gate, gate_options, shape))
+        self.gates = nn.ModuleDict(
+            {name: make_gate(name, **shape, **given) for name, given in options_by_gate(gate, gate_options).items()}
+        )
         self.attend = Attend(layer=layer, scale=self.scale, causal=causal)
         for linear in (self.query, self.key, self.value, self.output):
             nn.init.normal_(linear.weight, std=(INIT / linear.in_features) ** 0.5)
@@ -318,17 +320,3 @@ class SoftmaxAttention(Mixer):
             buckets = relative_buckets(distance, causal=self.causal)
             changes["bias"] = self.table(buckets).permute(0, 3, 1, 2)
         return replace(call, **changes)
-
-
-def _gates(
-    gate: str | Sequence[str] | None, options: Mapping[str, Any] | None, shape: dict[str, int]
-) -> dict[str, nn.Module]:
-    names = [] if gate is None else [gate] if isinstance(gate, str) else list(gate)
-    if len(set(names)) != len(names):
-        raise ArgumentError(f"gate: got {names}, expected each gate once.")
-    given = dict(options or {})
-    if len(names) == 1 and names[0] not in given:
-        given = {names[0]: given}
-    for name in set(given) - set(names):
-        raise unknown("gate_options", name, names, fix="Map each of the layer's gates to its options.")
-    return {name: make_gate(name, **shape, **given.get(name, {})) for name in names}

@@ -25,7 +25,7 @@ from headway.door.call import AttentionCall, Site
 from headway.door.policy_hosts import require_plain_decoder, text_config
 from headway.door.stages import Editor
 from headway.errors import ArgumentError, HostError, unknown
-from headway.kernels.normalizers import AffineScaled, Operation, make_gate, make_normalizer
+from headway.kernels.normalizers import AffineScaled, Operation, make_gate, make_normalizer, options_by_gate
 from headway.kernels.normalizers.affine import AffineWeighing, affine_output
 from headway.kernels.normalizers.gates import OPEN
 
@@ -60,15 +60,11 @@ class SinkAdapter(nn.Module):
         opened: bool = True,
     ) -> None:
         super().__init__()
-        names = [] if gate is None else [gate] if isinstance(gate, str) else list(gate)
-        if normalizer is None and not names:
+        chosen = options_by_gate(gate, gate_options)
+        if normalizer is None and not chosen:
             raise ArgumentError("normalizer, gate: got neither, expected at least one of them to adapt the host by.")
         if normalizer is not None and normalizer not in NORMALIZERS:
             raise unknown("normalizer", normalizer, NORMALIZERS, fix="Others are no softmax at the start.")
-        given = dict(gate_options or {})
-        by_name = {names[0]: given} if len(names) == 1 and names[0] not in given else given
-        for name in set(by_name) - set(names):
-            raise unknown("gate_options", name, names, fix="Map each gate to its options.")
         shapes = _shapes(model)
         weight = next(model.parameters())
         self.normalizers = nn.ModuleList(
@@ -77,14 +73,10 @@ class SinkAdapter(nn.Module):
         self.gates = nn.ModuleDict(
             {
                 name: nn.ModuleList(
-                    make_gate(
-                        name,
-                        **shape,
-                        **({"bias": OPEN if opened else 0.0} if name in BIASED else {}) | by_name.get(name, {}),
-                    )
+                    make_gate(name, **shape, **({"bias": OPEN if opened else 0.0} if name in BIASED else {}) | given)
                     for shape in shapes
                 )
-                for name in names
+                for name, given in chosen.items()
             }
         )
         self.layers = len(shapes)
