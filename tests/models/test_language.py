@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import headway
 from headway.errors import ArgumentError
@@ -78,9 +78,10 @@ class TestEveryMixer:
 
     def test_saved_and_loaded_it_is_the_same(self, model, tmp_path):
         model.save_pretrained(tmp_path)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-        assert type(again) is HeadwayForCausalLM
-        assert torch.equal(again(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+        for auto in (AutoModelForCausalLM, AutoModel):
+            again = auto.from_pretrained(tmp_path).eval()
+            assert type(again) is HeadwayForCausalLM
+            assert torch.equal(again(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
         assert AutoConfig.from_pretrained(tmp_path).mixer == model.config.mixer
 
     def test_the_door_reads_the_weights_behind_its_output(self, model):

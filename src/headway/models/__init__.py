@@ -30,17 +30,19 @@ __all__ = [
 
 
 def register() -> None:
-    """Makes the classes known to `AutoConfig`, `AutoModelForCausalLM`, `AutoModelForImageClassification`, and, for
-    images and numbers, `AutoModel`."""
+    """Makes the classes known to `AutoConfig`, `AutoModelForCausalLM`, `AutoModelForImageClassification`, and
+    `AutoModel`, which gives each with its head."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
-    AutoConfig.register(HeadwayConfig.model_type, HeadwayConfig, exist_ok=True)
-    AutoConfig.register(HeadwayViTConfig.model_type, HeadwayViTConfig, exist_ok=True)
-    AutoConfig.register(HeadwayRegressionConfig.model_type, HeadwayRegressionConfig, exist_ok=True)
+    for config, model in (
+        (HeadwayConfig, HeadwayForCausalLM),
+        (HeadwayViTConfig, HeadwayViT),
+        (HeadwayRegressionConfig, HeadwayRegression),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
     AutoModelForCausalLM.register(HeadwayConfig, HeadwayForCausalLM, exist_ok=True)
     AutoModelForImageClassification.register(HeadwayViTConfig, HeadwayViT, exist_ok=True)
-    AutoModel.register(HeadwayViTConfig, HeadwayViT, exist_ok=True)
-    AutoModel.register(HeadwayRegressionConfig, HeadwayRegression, exist_ok=True)
 
 
 register()
