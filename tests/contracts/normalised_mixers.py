@@ -43,7 +43,7 @@ class Reader(Observer):
 
 
 class Forms:
-    """Tests of the fixture `mixer`, a causal one in float64; the test class of a mixer with normalisers inherits them."""
+    """Tests of the fixture `mixer`, a causal one in float64: a mixer that takes normalisers inherits them."""
 
     @pytest.mark.parametrize("tokens", [1, 13])
     def test_reference_is_block_is_step_with_gradients(self, mixer, tokens):
